@@ -1,0 +1,125 @@
+//! The seam between what is computed and where: a backend runs rows through the models of one ensemble and
+//! fuses their logits.
+//!
+//! A step is two calls. [`Backend::forward`] takes a ragged batch of rows: decoding is one row a sequence,
+//! prefill is many, scoring is many that all want their logits. [`Backend::fuse`] turns the logits that
+//! `forward` left in numbered slots into decisions. Nothing above knows of threads or launches, nothing below
+//! knows of prompts.
+
+pub mod cpu;
+
+use std::time::Duration;
+
+use crate::error::Result;
+use crate::fusion::{Decision, FusionRule};
+use crate::kv_cache::BlockTable;
+use crate::sampling::SamplingParams;
+
+/// One position of one sequence in one model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// The model: an index into [`Ensemble::models`](crate::Ensemble::models).
+    pub model: usize,
+    /// The block table of this row's sequence in this model: an index into [`Batch::tables`].
+    pub table: usize,
+    /// The position, counted from 0. Its keys and values are appended to the cache.
+    pub position: usize,
+    /// The token at that position.
+    pub token: u32,
+    /// Where the logits of this row are kept until the next `forward` that writes the same slot; `None` where
+    /// nobody wants them, and the output projection is skipped.
+    pub slot: Option<usize>,
+}
+
+/// The rows of one [`Backend::forward`].
+///
+/// Rows are ordered by model, then by table, then by position, and the rows of one table have consecutive
+/// positions. Every earlier position of a table is in the cache already or is a row of the same batch, and its
+/// blocks are allocated up to the last row's position. Two tables may share blocks of a common prefix, whose
+/// rows then stand in the batch once at most.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// The rows.
+    pub rows: &'a [Row],
+    /// The block tables that the rows name.
+    pub tables: &'a [BlockTable],
+}
+
+/// How the token of a row is chosen.
+#[derive(Clone, Copy, Debug)]
+pub enum Choice<'a> {
+    /// From the fused distribution.
+    Sample {
+        /// Temperature, truncation, penalties, bans.
+        params: &'a SamplingParams,
+        /// The tokens before this one, prompt included, that penalties look at: those of the large model where
+        /// there is one.
+        history: &'a [u32],
+        /// Ids that must not be chosen at this step (end-of-sequence before `min_new_tokens`).
+        banned: &'a [u32],
+    },
+    /// It is given: its log-probabilities are wanted.
+    Forced(u32),
+}
+
+/// One row of [`Backend::fuse`].
+#[derive(Clone, Copy, Debug)]
+pub struct FuseRow<'a> {
+    /// The slot that holds this row's logits, the same in every model that the rule uses.
+    pub slot: usize,
+    /// The step, counted from the first token after the prompt: it keys the sampler's noise and names errors.
+    pub step: usize,
+    /// How logits are combined.
+    pub rule: &'a FusionRule,
+    /// The active expert and its α where the dynamic rule holds an earlier choice instead of searching.
+    pub held: Option<(usize, f64)>,
+    /// How the token is chosen.
+    pub choice: Choice<'a>,
+}
+
+/// What a backend can hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Rows of one model in one [`Batch`].
+    pub rows: usize,
+    /// Logit slots.
+    pub slots: usize,
+    /// Blocks of [`BLOCK_SIZE`](crate::kv_cache::BLOCK_SIZE) positions in the cache of each model.
+    pub blocks: usize,
+}
+
+/// Where the time of one [`Backend::forward`] went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ForwardTime {
+    /// The large model.
+    pub large: Duration,
+    /// The group of the small model and its experts, which run in lockstep.
+    pub small: Duration,
+}
+
+/// Runs the models of one ensemble.
+pub trait Backend {
+    /// What this backend was built to hold.
+    fn limits(&self) -> Limits;
+
+    /// Appends the rows' keys and values to the cache and leaves the logits that are wanted in their slots.
+    ///
+    /// A row's logits don't depend on which other rows are in the batch, to the bit.
+    ///
+    /// # Errors
+    /// Only where the device fails; the rows were validated above.
+    fn forward(&mut self, batch: &Batch<'_>) -> Result<ForwardTime>;
+
+    /// Fuses the logits of each row and chooses its token; `decisions` is cleared and gets one entry a row.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`](crate::Error::NotFinite) where a model computed NaN or +inf,
+    /// [`Error::NoCandidate`](crate::Error::NoCandidate) where every token is excluded.
+    fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Decision>) -> Result<()>;
+
+    /// Copies the logits of `model` in `slot` over the shared vocabulary: `(vocab_size,)` f32.
+    ///
+    /// # Errors
+    /// Only where the device fails.
+    fn logits(&self, model: usize, slot: usize) -> Result<Vec<f32>>;
+}

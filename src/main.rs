@@ -1,0 +1,3 @@
+//! The `dlf-engine` binary: parse, run, exit code.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Rotary position embedding: the frequencies of a position, for every rope type.
