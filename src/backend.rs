@@ -55,6 +55,8 @@ pub enum Choice<'a> {
         /// The tokens before this one, prompt included, that penalties look at: those of the large model where
         /// there is one.
         history: &'a [u32],
+        /// How many of `history` were generated: presence and frequency penalties count only those.
+        generated: usize,
         /// Ids that must not be chosen at this step (end-of-sequence before `min_new_tokens`).
         banned: &'a [u32],
     },
@@ -110,12 +112,14 @@ pub trait Backend {
     /// Only where the device fails; the rows were validated above.
     fn forward(&mut self, batch: &Batch<'_>) -> Result<ForwardTime>;
 
-    /// Fuses the logits of each row and chooses its token; `decisions` is cleared and gets one entry a row.
-    ///
-    /// # Errors
+    /// Fuses the logits of each row and chooses its token; `decisions` is cleared and gets one entry a row, so
+    /// that one broken row doesn't cost the others theirs:
     /// [`Error::NotFinite`](crate::Error::NotFinite) where a model computed NaN or +inf,
     /// [`Error::NoCandidate`](crate::Error::NoCandidate) where every token is excluded.
-    fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Decision>) -> Result<()>;
+    ///
+    /// # Errors
+    /// Only where the device fails.
+    fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<()>;
 
     /// Copies the logits of `model` in `slot` over the shared vocabulary: `(vocab_size,)` f32.
     ///
