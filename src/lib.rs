@@ -7,6 +7,7 @@ pub mod config;
 mod ensemble;
 mod error;
 pub mod fusion;
+mod json;
 pub mod kv_cache;
 pub mod model;
 pub mod rope;
