@@ -410,3 +410,6 @@ fn original_context(config: &Object, rope: &Object, max_position_embeddings: usi
     }
     Ok(rope.size(FIELD, MAX_CONTEXT)?.unwrap_or(max_position_embeddings))
 }
+
+#[cfg(test)]
+mod tests;
