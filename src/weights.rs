@@ -1,9 +1,23 @@
 //! Safetensors → [`LlamaWeights`]: memory-mapped, used as stored, names, shapes and dtypes checked.
 
+mod checkpoint;
+mod random;
+
+use std::fmt;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use half::{bf16, f16};
+
+use crate::config::LlamaConfig;
+use crate::error::{Error, Result};
+
+pub(crate) use checkpoint::Checkpoint;
+
+// Weights are used where they lie in the file, and safetensors is little-endian.
+#[cfg(target_endian = "big")]
+compile_error!("dlf-engine needs a little-endian machine");
 
 /// How a tensor's numbers are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -17,7 +31,6 @@ pub enum Dtype {
 }
 
 /// The bytes of one safetensors file.
-#[derive(Debug)]
 pub enum Storage {
     /// A file, mapped read-only.
     Mapped(memmap2::Mmap),
@@ -93,7 +106,85 @@ pub struct LlamaWeights {
     pub lm_head: Tensor,
 }
 
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+impl Dtype {
+    /// Bytes of one number.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
 impl Tensor {
+    /// Takes `bytes` of `storage`, which must hold exactly a tensor of `dtype` and `shape`. Where they lie at an
+    /// address that `dtype` can't be read from, they are copied.
+    ///
+    /// The reason is returned where they don't fit.
+    pub(crate) fn new(
+        storage: &Arc<Storage>,
+        bytes: Range<usize>,
+        dtype: Dtype,
+        shape: Vec<usize>,
+    ) -> Result<Self, String> {
+        let needed = byte_count(dtype, &shape).ok_or_else(|| format!("the shape {shape:?} overflows"))?;
+        let data = storage
+            .bytes()
+            .get(bytes.clone())
+            .ok_or_else(|| format!("bytes {bytes:?} of {}", storage.bytes().len()))?;
+        if data.len() != needed {
+            return Err(format!("{} bytes where {dtype} {shape:?} needs {needed}", data.len()));
+        }
+        // f16 and bf16 need the same alignment: their size.
+        if data.as_ptr().addr().is_multiple_of(dtype.size()) {
+            return Ok(Self { storage: Arc::clone(storage), bytes, dtype, shape });
+        }
+        let mut words = vec![0_u64; needed.div_ceil(8)];
+        bytemuck::cast_slice_mut::<_, u8>(&mut words)[..needed].copy_from_slice(data);
+        Ok(Self { storage: Arc::new(Storage::Owned(words)), bytes: 0..needed, dtype, shape })
+    }
+
+    /// A tensor in memory: `values`, row-major, rounded to `dtype`.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] where `values` is not as long as `shape` says.
+    pub fn from_f32(dtype: Dtype, shape: &[usize], values: &[f32]) -> Result<Self> {
+        let count = shape.iter().try_fold(1_usize, |count, &size| count.checked_mul(size));
+        if count != Some(values.len()) {
+            return Err(Error::Parameter {
+                name: "tensor",
+                expected: format!("as many values as the shape {shape:?} has"),
+                found: values.len().to_string(),
+            });
+        }
+        let mut values = values.iter();
+        Ok(Self::fill(dtype, shape, || values.next().copied().unwrap_or_default()))
+    }
+
+    /// A tensor in memory, row-major, from as many calls of `next` as it has numbers.
+    fn fill(dtype: Dtype, shape: &[usize], mut next: impl FnMut() -> f32) -> Self {
+        let count: usize = shape.iter().product();
+        let len = count * dtype.size();
+        let mut words = vec![0_u64; len.div_ceil(8)];
+        let bytes = &mut bytemuck::cast_slice_mut::<_, u8>(&mut words)[..len];
+        match dtype {
+            Dtype::F32 => bytemuck::cast_slice_mut(bytes).fill_with(next),
+            Dtype::F16 => bytemuck::cast_slice_mut(bytes).fill_with(|| f16::from_f32(next())),
+            Dtype::Bf16 => bytemuck::cast_slice_mut(bytes).fill_with(|| bf16::from_f32(next())),
+        }
+        Self { storage: Arc::new(Storage::Owned(words)), bytes: 0..len, dtype, shape: shape.to_vec() }
+    }
+
     /// The dtype as stored.
     pub fn dtype(&self) -> Dtype {
         self.dtype
@@ -106,13 +197,40 @@ impl Tensor {
 
     /// The stored numbers, row-major.
     pub fn data(&self) -> TensorData<'_> {
-        let bytes = self.storage.bytes().get(self.bytes.clone()).unwrap_or_default();
+        // Length and alignment were checked when the tensor was made, and the storage never changes.
+        let bytes = self.as_bytes();
         match self.dtype {
-            Dtype::F32 => TensorData::F32(bytemuck::try_cast_slice(bytes).unwrap_or_default()),
-            Dtype::F16 => TensorData::F16(bytemuck::try_cast_slice(bytes).unwrap_or_default()),
-            Dtype::Bf16 => TensorData::Bf16(bytemuck::try_cast_slice(bytes).unwrap_or_default()),
+            Dtype::F32 => TensorData::F32(bytemuck::cast_slice(bytes)),
+            Dtype::F16 => TensorData::F16(bytemuck::cast_slice(bytes)),
+            Dtype::Bf16 => TensorData::Bf16(bytemuck::cast_slice(bytes)),
         }
     }
+
+    /// The stored bytes: little-endian, row-major.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.storage.bytes()[self.bytes.clone()]
+    }
+
+    /// Whether the two are the same bytes in memory: a tied embedding, or weights that models share.
+    pub fn is_same(&self, other: &Self) -> bool {
+        std::ptr::eq(self.as_bytes(), other.as_bytes())
+    }
+}
+
+impl TensorData<'_> {
+    /// The numbers, widened to f32: for tests and small tensors.
+    pub fn to_f32(self) -> Vec<f32> {
+        match self {
+            Self::F32(values) => values.to_vec(),
+            Self::F16(values) => values.iter().map(|value| value.to_f32()).collect(),
+            Self::Bf16(values) => values.iter().map(|value| value.to_f32()).collect(),
+        }
+    }
+}
+
+/// Bytes of a tensor; `None` where that is no number of this machine.
+fn byte_count(dtype: Dtype, shape: &[usize]) -> Option<usize> {
+    shape.iter().try_fold(dtype.size(), |count, &size| count.checked_mul(size))
 }
 
 impl Storage {
@@ -124,4 +242,136 @@ impl Storage {
             Self::Owned(words) => bytemuck::cast_slice(words),
         }
     }
+}
+
+impl fmt::Debug for Storage {
+    /// Says how many bytes there are, and not which.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self {
+            Self::Mapped(_) => "Mapped",
+            Self::Static(_) => "Static",
+            Self::Owned(_) => "Owned",
+        };
+        write!(f, "{kind}({} bytes)", self.bytes().len())
+    }
+}
+
+impl Linear {
+    /// The weight and the bias.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        std::iter::once(&self.weight).chain(&self.bias)
+    }
+}
+
+impl LayerWeights {
+    /// The projections: q, k, v, o, gate, up, down.
+    pub fn projections(&self) -> [&Linear; 7] {
+        [
+            &self.q_proj,
+            &self.k_proj,
+            &self.v_proj,
+            &self.o_proj,
+            &self.gate_proj,
+            &self.up_proj,
+            &self.down_proj,
+        ]
+    }
+}
+
+impl LlamaWeights {
+    /// Maps the weights of `dir`: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    ///
+    /// The files must not be changed while they are mapped.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Weights`] where a file is malformed, [`Error::Tensor`] where a tensor is missing,
+    /// is not one of a Llama's, or has another shape or dtype than `config` asks for.
+    pub fn load(dir: &Path, config: &LlamaConfig) -> Result<Self> {
+        Self::from_checkpoint(Checkpoint::open_model(dir)?, config)
+    }
+
+    /// Like [`load`](Self::load), from a safetensors file in memory; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn from_safetensors(path: &Path, bytes: &'static [u8], config: &LlamaConfig) -> Result<Self> {
+        Self::from_checkpoint(Checkpoint::from_static(path, bytes)?, config)
+    }
+
+    fn from_checkpoint(mut checkpoint: Checkpoint, config: &LlamaConfig) -> Result<Self> {
+        let &LlamaConfig { hidden_size, vocab_size, .. } = config;
+        let embed_tokens = checkpoint.take("model.embed_tokens.weight", &[vocab_size, hidden_size])?;
+        let layers = (0..config.num_hidden_layers)
+            .map(|layer| take_layer(&mut checkpoint, layer, config))
+            .collect::<Result<_>>()?;
+        let norm = checkpoint.take("model.norm.weight", &[hidden_size])?;
+        const LM_HEAD: &str = "lm_head.weight";
+        let lm_head = if !config.tie_word_embeddings {
+            checkpoint.take(LM_HEAD, &[vocab_size, hidden_size])?
+        } else {
+            // Some files store the tied tensor twice. Where the two differ, the files contradict each other.
+            if checkpoint.contains(LM_HEAD) {
+                let stored = checkpoint.take(LM_HEAD, &[vocab_size, hidden_size])?;
+                if stored.as_bytes() != embed_tokens.as_bytes() {
+                    return Err(checkpoint.tensor_error(
+                        LM_HEAD,
+                        "the embedding, which tie_word_embeddings says it is",
+                        "another tensor",
+                    ));
+                }
+            }
+            embed_tokens.clone()
+        };
+        checkpoint.refuse_rest(|name| {
+            // Old conversions store the frequencies, which follow from the configuration.
+            name.ends_with(".self_attn.rotary_emb.inv_freq")
+        })?;
+        Ok(Self { embed_tokens, layers, norm, lm_head })
+    }
+
+    /// Bytes that the weights take, as stored; a tied embedding counts once.
+    pub fn bytes(&self) -> usize {
+        let layers: usize =
+            self.layers.iter().flat_map(layer_tensors).map(|tensor| tensor.as_bytes().len()).sum();
+        let head = if self.lm_head.is_same(&self.embed_tokens) { 0 } else { self.lm_head.as_bytes().len() };
+        self.embed_tokens.as_bytes().len() + layers + self.norm.as_bytes().len() + head
+    }
+}
+
+fn layer_tensors(layer: &LayerWeights) -> impl Iterator<Item = &Tensor> {
+    let projections = layer.projections().into_iter().flat_map(Linear::tensors);
+    [&layer.input_layernorm, &layer.post_attention_layernorm].into_iter().chain(projections)
+}
+
+fn take_layer(checkpoint: &mut Checkpoint, layer: usize, config: &LlamaConfig) -> Result<LayerWeights> {
+    let &LlamaConfig { hidden_size, intermediate_size, attention_bias, mlp_bias, .. } = config;
+    let queries = config.num_attention_heads * config.head_dim;
+    let keys = config.num_key_value_heads * config.head_dim;
+    let mut tensor =
+        |name: &str, shape: &[usize]| checkpoint.take(&format!("model.layers.{layer}.{name}"), shape);
+    let mut linear = |name: &str, rows: usize, columns: usize, bias: bool| -> Result<Linear> {
+        let weight = tensor(&format!("{name}.weight"), &[rows, columns])?;
+        let bias = if bias { Some(tensor(&format!("{name}.bias"), &[rows])?) } else { None };
+        Ok(Linear { weight, bias })
+    };
+    let q_proj = linear("self_attn.q_proj", queries, hidden_size, attention_bias)?;
+    let k_proj = linear("self_attn.k_proj", keys, hidden_size, attention_bias)?;
+    let v_proj = linear("self_attn.v_proj", keys, hidden_size, attention_bias)?;
+    let o_proj = linear("self_attn.o_proj", hidden_size, queries, attention_bias)?;
+    let gate_proj = linear("mlp.gate_proj", intermediate_size, hidden_size, mlp_bias)?;
+    let up_proj = linear("mlp.up_proj", intermediate_size, hidden_size, mlp_bias)?;
+    let down_proj = linear("mlp.down_proj", hidden_size, intermediate_size, mlp_bias)?;
+    let input_layernorm = tensor("input_layernorm.weight", &[hidden_size])?;
+    let post_attention_layernorm = tensor("post_attention_layernorm.weight", &[hidden_size])?;
+    Ok(LayerWeights {
+        input_layernorm,
+        q_proj,
+        k_proj,
+        v_proj,
+        o_proj,
+        post_attention_layernorm,
+        gate_proj,
+        up_proj,
+        down_proj,
+    })
 }

@@ -1,0 +1,290 @@
+//! The safetensors format: eight bytes of header length, a JSON header, and the tensors.
+//!
+//! Read here rather than with the format's crate, whose sums of hostile offsets can overflow (it adds them
+//! unchecked), and whose errors don't say which tensor they are about.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+use serde_json::{Map, Value};
+
+use super::{Dtype, Storage, Tensor};
+use crate::error::{Error, Result};
+use crate::json::{Object, invalid, show};
+
+/// A hundred times the header of the largest checkpoints; the limit keeps a lying file from costing memory.
+const MAX_HEADER_BYTES: u64 = 32 << 20;
+
+/// The tensors of one or several safetensors files, taken out one by one by name.
+#[derive(Debug)]
+pub(crate) struct Checkpoint {
+    /// What messages name where a tensor is in no file.
+    path: PathBuf,
+    files: Vec<(PathBuf, Arc<Storage>)>,
+    tensors: HashMap<String, Stored>,
+}
+
+/// Where a tensor is and what its file says of it.
+#[derive(Debug)]
+struct Stored {
+    file: usize,
+    dtype: String,
+    shape: Vec<usize>,
+    bytes: Range<usize>,
+}
+
+impl Checkpoint {
+    /// Maps the model of a Hugging Face directory: `model.safetensors`, or shards with an index.
+    pub(crate) fn open_model(dir: &Path) -> Result<Self> {
+        let single = dir.join("model.safetensors");
+        if single.exists() {
+            return Self::open_file(&single);
+        }
+        let index_path = dir.join("model.safetensors.index.json");
+        match Object::read(&index_path)? {
+            Some(index) => Self::open_shards(dir, &index),
+            None => {
+                let reason = if dir.join("pytorch_model.bin").exists()
+                    || dir.join("pytorch_model.bin.index.json").exists()
+                {
+                    "has pytorch_model.bin, which can't be read: convert it to model.safetensors"
+                } else {
+                    "has neither model.safetensors nor model.safetensors.index.json"
+                };
+                Err(Error::Weights { path: dir.to_owned(), reason: reason.to_owned() })
+            }
+        }
+    }
+
+    /// Maps one file.
+    pub(crate) fn open_file(path: &Path) -> Result<Self> {
+        let mut checkpoint = Self::empty(path);
+        checkpoint.add_file(path, map(path)?)?;
+        Ok(checkpoint)
+    }
+
+    /// Reads a file that is in the binary; `path` is for messages.
+    pub(crate) fn from_static(path: &Path, bytes: &'static [u8]) -> Result<Self> {
+        let mut checkpoint = Self::empty(path);
+        checkpoint.add_file(path, Storage::Static(bytes))?;
+        Ok(checkpoint)
+    }
+
+    fn empty(path: &Path) -> Self {
+        Self { path: path.to_owned(), files: Vec::new(), tensors: HashMap::new() }
+    }
+
+    fn open_shards(dir: &Path, index: &Object) -> Result<Self> {
+        let Some(weight_map) = index.object("weight_map")? else {
+            return Err(index.invalid("weight_map", "an object", "nothing"));
+        };
+        let mut files: Vec<&str> = Vec::new();
+        for (tensor, file) in weight_map.fields() {
+            // A name with a separator could lead out of the directory.
+            match file.as_str().filter(|file| Path::new(file).file_name().is_some_and(|name| name == *file)) {
+                Some(file) => files.push(file),
+                None => {
+                    return Err(weight_map.invalid(
+                        tensor,
+                        "the name of a file in this directory",
+                        show(file),
+                    ));
+                }
+            }
+        }
+        files.sort_unstable();
+        files.dedup();
+        let mut checkpoint = Self::empty(dir);
+        for file in files {
+            let path = dir.join(file);
+            checkpoint.add_file(&path, map(&path)?)?;
+        }
+        for (tensor, file) in weight_map.fields() {
+            let holder = checkpoint.tensors.get(tensor).map(|stored| checkpoint.file_name(stored.file));
+            if holder.as_deref() != file.as_str() {
+                let found = holder.map_or_else(|| "nothing".to_owned(), |holder| format!("it in {holder}"));
+                return Err(Error::Tensor {
+                    path: index.path().to_owned(),
+                    tensor: tensor.clone(),
+                    expected: format!("it in {}", show(file)),
+                    found,
+                });
+            }
+        }
+        Ok(checkpoint)
+    }
+
+    fn file_name(&self, file: usize) -> String {
+        let name = self.files.get(file).and_then(|(path, _)| path.file_name());
+        name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+    }
+
+    /// Reads the header of a file and notes its tensors.
+    fn add_file(&mut self, path: &Path, storage: Storage) -> Result<()> {
+        let malformed = |reason: String| Error::Weights { path: path.to_owned(), reason };
+        let bytes = storage.bytes();
+        let (header, data_start) = header(path, bytes)?;
+        let data_len = bytes.len() - data_start;
+        let file = self.files.len();
+        let mut ranges = Vec::with_capacity(header.len());
+        for (name, info) in header {
+            if name == "__metadata__" {
+                continue;
+            }
+            let (dtype, shape, range) = tensor_info(&info).ok_or_else(|| {
+                malformed(format!("tensor `{name}`: malformed header entry {}", show(&info)))
+            })?;
+            if range.end > data_len {
+                let reason =
+                    format!("tensor `{name}` ends at byte {} of {data_len}: the file is cut off", range.end);
+                return Err(malformed(reason));
+            }
+            ranges.push((range.clone(), name.clone()));
+            let bytes = data_start + range.start..data_start + range.end;
+            match self.tensors.entry(name) {
+                Entry::Vacant(entry) => {
+                    entry.insert(Stored { file, dtype, shape, bytes });
+                }
+                Entry::Occupied(entry) => {
+                    return Err(malformed(format!("tensor `{}` is in two files", entry.key())));
+                }
+            }
+        }
+        refuse_gaps(ranges, data_len).map_err(malformed)?;
+        self.files.push((path.to_owned(), Arc::new(storage)));
+        Ok(())
+    }
+
+    /// Whether there is a tensor of this name.
+    pub(crate) fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The names of the tensors that were not taken yet, in order.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.tensors.keys().cloned().collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// Takes the tensor `name`, which must have `shape`.
+    pub(crate) fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let expected = || format!("shape {shape:?}");
+        let Some(found) = self.tensors.get(name).map(|stored| stored.shape.clone()) else {
+            return Err(self.tensor_error(name, &expected(), "nothing"));
+        };
+        if found != shape {
+            return Err(self.tensor_error(name, &expected(), &format!("shape {found:?}")));
+        }
+        self.take_any(name)
+    }
+
+    /// Takes the tensor `name`, whatever its shape.
+    pub(crate) fn take_any(&mut self, name: &str) -> Result<Tensor> {
+        let Some(stored) = self.tensors.get(name) else {
+            return Err(self.tensor_error(name, "a tensor", "nothing"));
+        };
+        let dtype = match stored.dtype.as_str() {
+            "F32" => Dtype::F32,
+            "F16" => Dtype::F16,
+            "BF16" => Dtype::Bf16,
+            other => return Err(self.tensor_error(name, "dtype F32, F16 or BF16", other)),
+        };
+        let tensor = match self.files.get(stored.file) {
+            Some((_, storage)) => Tensor::new(storage, stored.bytes.clone(), dtype, stored.shape.clone()),
+            None => Err("no file".to_owned()),
+        };
+        let tensor =
+            tensor.map_err(|found| self.tensor_error(name, "as many bytes as its shape says", &found))?;
+        self.tensors.remove(name);
+        Ok(tensor)
+    }
+
+    /// Refuses what nobody took and `harmless` doesn't know: weights that the model would be computed without.
+    pub(crate) fn refuse_rest(&self, harmless: impl Fn(&str) -> bool) -> Result<()> {
+        match self.names().iter().find(|name| !harmless(name)) {
+            Some(name) => Err(self.tensor_error(name, "no such tensor in a Llama of this configuration", "one")),
+            None => Ok(()),
+        }
+    }
+
+    /// The error for tensor `name`; names its file where it is in one.
+    pub(crate) fn tensor_error(&self, name: &str, expected: &str, found: &str) -> Error {
+        let file = self.tensors.get(name).and_then(|stored| self.files.get(stored.file));
+        Error::Tensor {
+            path: file.map_or(&self.path, |(path, _)| path).clone(),
+            tensor: name.to_owned(),
+            expected: expected.to_owned(),
+            found: found.to_owned(),
+        }
+    }
+}
+
+fn map(path: &Path) -> Result<Storage> {
+    let io = |error| Error::io(path, error);
+    // Asked of the path, before it is opened: opening a pipe would wait for a writer.
+    if !std::fs::metadata(path).map_err(io)?.is_file() {
+        return Err(io(std::io::Error::other("not a regular file")));
+    }
+    let file = File::open(path).map_err(io)?;
+    // SAFETY: a mapping is only sound while nobody changes the file. That is asked of the caller in
+    // `LlamaWeights::load`; it is the price of not reading gigabytes into memory, and what every engine that maps
+    // its weights pays. The mapping is read-only and private to this process.
+    let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+    Ok(Storage::Mapped(map))
+}
+
+/// The header, and the offset of the first tensor.
+fn header(path: &Path, bytes: &[u8]) -> Result<(Map<String, Value>, usize)> {
+    let malformed = |reason: String| Error::Weights { path: path.to_owned(), reason };
+    let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
+        return Err(malformed(format!("{} bytes are too few for a safetensors file", bytes.len())));
+    };
+    let length = u64::from_le_bytes(*length);
+    if length > MAX_HEADER_BYTES {
+        return Err(malformed(format!("a header of {length} bytes: not a safetensors file")));
+    }
+    // At most MAX_HEADER_BYTES, so it fits.
+    let length = length as usize;
+    let Some(text) = rest.get(..length) else {
+        return Err(malformed(format!("a header of {length} bytes in a file of {}: cut off", bytes.len())));
+    };
+    match serde_json::from_slice(text) {
+        Ok(Value::Object(header)) => Ok((header, 8 + length)),
+        Ok(other) => Err(invalid(path, "header", "an object", show(&other))),
+        Err(error) => Err(malformed(format!("the header is not JSON: {error}"))),
+    }
+}
+
+/// Dtype, shape and byte range of a header entry.
+fn tensor_info(info: &Value) -> Option<(String, Vec<usize>, Range<usize>)> {
+    let size = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok());
+    let dtype = info.get("dtype")?.as_str()?.to_owned();
+    let shape = info.get("shape")?.as_array()?.iter().map(size).collect::<Option<Vec<_>>>()?;
+    match info.get("data_offsets")?.as_array()?.as_slice() {
+        [start, end] => {
+            let (start, end) = (size(start)?, size(end)?);
+            (start <= end).then_some((dtype, shape, start..end))
+        }
+        _ => None,
+    }
+}
+
+/// The format wants the tensors to cover the file without gap or overlap; a file that doesn't is damaged.
+fn refuse_gaps(mut ranges: Vec<(Range<usize>, String)>, data_len: usize) -> Result<(), String> {
+    ranges.sort_unstable_by_key(|(range, _)| (range.start, range.end));
+    let mut end = 0;
+    for (range, name) in ranges {
+        if range.start != end {
+            let what = if range.start < end { "overlaps the tensor before it" } else { "follows a gap" };
+            return Err(format!("tensor `{name}` {what} (byte {}, expected {end})", range.start));
+        }
+        end = range.end;
+    }
+    if end == data_len { Ok(()) } else { Err(format!("{} bytes belong to no tensor", data_len - end)) }
+}
