@@ -10,7 +10,9 @@
 //! over a grid of candidates, one expert active at a time. [`reference`] is this, written literally in f64;
 //! the backends compute it in one pass over the vocabulary.
 
+pub mod cumulant;
 pub mod reference;
+pub mod refine;
 
 use arrayvec::ArrayVec;
 
@@ -168,7 +170,7 @@ impl FusionRule {
 /// the temperature-1 distributions over the shared vocabulary.
 ///
 /// A rule that runs one model alone has no α, no loss and no KL terms, and only that model's
-/// log-probability and argmax.
+/// log-probability and argmax: for an expert, the one entry of `logprob_expert` and `argmax_expert`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Decision {
     /// The chosen token, or the one that was to be scored.
