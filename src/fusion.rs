@@ -166,6 +166,18 @@ impl FusionRule {
     }
 }
 
+/// The logits of one row, each `(vocab_size,)` f32 over the vocabulary that the models share. Where lengths
+/// differ, the tokens past the shortest are dropped.
+#[derive(Clone, Debug, Default)]
+pub struct Logits<'a> {
+    /// L.
+    pub large: Option<&'a [f32]>,
+    /// S.
+    pub small: Option<&'a [f32]>,
+    /// E_t, in the ensemble's order.
+    pub experts: PerExpert<&'a [f32]>,
+}
+
 /// What one step decided, and the numbers it decided by. KL terms are in nats, log-probabilities are those of
 /// the temperature-1 distributions over the shared vocabulary.
 ///

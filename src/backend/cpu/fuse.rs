@@ -16,7 +16,6 @@ mod wide;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-pub use models::Logits;
 use models::{Models, NotFinite};
 use row::RowState;
 use simd::{Level, dispatch};
@@ -25,7 +24,7 @@ use sums::{Sums, Tilt};
 
 use crate::backend::FuseRow;
 use crate::error::Result;
-use crate::fusion::{Decision, PerExpert};
+use crate::fusion::{Decision, Logits, PerExpert};
 
 /// Runs a task for each of 0, 1, … below a count, in any order and on any threads, and returns when all are
 /// done.

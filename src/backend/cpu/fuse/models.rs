@@ -1,10 +1,10 @@
-//! The logits of one row, and how blocks of them are read.
+//! What a rule reads of a row's logits, and how blocks of it are read.
 
 use std::ops::Range;
 
 use super::simd::LANES;
 use crate::error::{Error, Result};
-use crate::fusion::{FusionRule, PerExpert};
+use crate::fusion::{FusionRule, Logits, PerExpert};
 use crate::model::Role;
 
 /// Tokens whose intermediate values are kept in the first-level cache.
@@ -12,18 +12,6 @@ pub(super) const BLOCK: usize = 1024;
 
 /// Vectors in a block.
 pub(super) const VECTORS: usize = BLOCK / LANES;
-
-/// The logits of one row, each `(vocab_size,)` f32 over the vocabulary that the models share. Where lengths
-/// differ, the tokens past the shortest are dropped.
-#[derive(Clone, Debug, Default)]
-pub struct Logits<'a> {
-    /// L.
-    pub large: Option<&'a [f32]>,
-    /// S.
-    pub small: Option<&'a [f32]>,
-    /// E_t, in the ensemble's order.
-    pub experts: PerExpert<&'a [f32]>,
-}
 
 /// What a rule reads of a row: the logits that are steered, and the small model and experts that steer them, if
 /// any do. All of one length.

@@ -2,14 +2,16 @@
 
 use std::sync::MutexGuard;
 
-use super::models::{Logits, Models, NotFinite};
+use super::models::{Models, NotFinite};
 use super::simd::{Kernel, LANES, Level, Simd, dispatch};
 use super::slice::{Vector, maximum};
 use super::sums::{Ladder, Sums, Tilt};
 use crate::backend::{Choice, FuseRow};
 use crate::error::{Error, Result};
 use crate::fusion::cumulant::{Best, Divergences, choose, loss, one_hot};
-use crate::fusion::{Decision, DynamicRule, FusionRule, MAX_CANDIDATES, Objective, PerExpert, SearchMode, refine};
+use crate::fusion::{
+    Decision, DynamicRule, FusionRule, Logits, MAX_CANDIDATES, Objective, PerExpert, SearchMode, refine,
+};
 use crate::model::Role;
 use crate::sampling::Sampler;
 

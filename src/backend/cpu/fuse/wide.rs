@@ -92,7 +92,7 @@ pub(super) fn search<S: Simd>(
     let mut buffer = Block { base: [0.0; BLOCK], d: [0.0; BLOCK], tokens: 0 };
     for start in range.clone().step_by(BLOCK) {
         let block = start..(start + BLOCK).min(range.end);
-        let mut add = |lane: &mut Lane, buffer: &Block, alpha: f64| *lane = lane.merge(buffer.lane(simd, alpha));
+        let add = |lane: &mut Lane, buffer: &Block, alpha: f64| *lane = lane.merge(buffer.lane(simd, alpha));
         buffer.fill(models, block.clone(), models.base.1, |_| 0.0);
         add(&mut sums.base, &buffer, 0.0);
         for (t, (small, expert)) in sums.targets.iter_mut().enumerate() {
