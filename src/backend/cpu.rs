@@ -1,1 +1,2 @@
 //! The CPU backend: threads and SIMD.
+pub mod fuse;
