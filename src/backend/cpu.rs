@@ -132,13 +132,30 @@ impl CpuBackend {
         self.logits.get().get(start..start + vocab_size)
     }
 
+    /// What this backend was built to hold.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Copies the logits of `model` in `slot` over the shared vocabulary: `(vocab_size,)` f32.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] where there is no such model or slot.
+    pub fn logits(&self, model: usize, slot: usize) -> Result<Vec<f32>> {
+        self.slot(model, slot).map(<[f32]>::to_vec).ok_or_else(|| Error::Parameter {
+            name: "slot",
+            expected: format!("a model below {} and a slot below {}", self.caches.len(), self.limits.slots),
+            found: format!("model {model}, slot {slot}"),
+        })
+    }
+
     /// Appends the rows' keys and values to the cache and leaves the logits that are wanted in their slots:
     /// [`Backend::forward`](super::Backend::forward).
     ///
     /// # Errors
     /// [`Error::Parameter`] where a row names a model, table, block, token or slot that doesn't exist, or two rows
     /// the same slot: bugs of the caller that must not reach memory.
-    pub fn run_forward(&mut self, batch: &Batch<'_>) -> Result<ForwardTime> {
+    pub fn forward(&mut self, batch: &Batch<'_>) -> Result<ForwardTime> {
         self.check(batch)?;
         let mut machine = Machine {
             ensemble: &self.ensemble,
