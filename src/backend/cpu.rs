@@ -1,2 +1,235 @@
 //! The CPU backend: threads and SIMD.
-pub mod fuse;
+//!
+//! ```text
+//! pool        the threads; one region of tasks at a time
+//! simd        eight lanes, for each instruction set, and the mathematics that all kernels share
+//! matmul      y = x Wᵀ with the same bits for one row and for many
+//! projection  the products of one stage, for all models that run together
+//! attention   causal attention over the paged cache
+//! forward     the layers, in the order of the paper
+//! ```
+//!
+//! A row's logits are the same to the bit whatever else is in the batch, however a prompt is cut, and on any
+//! number of threads: every sum has one order, fixed by the shape of the model and the position alone.
+
+mod attention;
+mod cache;
+mod forward;
+mod fuse;
+mod matmul;
+mod matrix;
+mod pool;
+mod projection;
+mod rowwise;
+mod simd;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use attention::AttentionScratch;
+use cache::{KvCache, Lazy};
+use forward::{Group, Machine};
+use fuse::Fuser;
+use pool::Pool;
+use projection::TileScratch;
+use simd::Isa;
+
+use super::{Backend, Batch, ForwardTime, FuseRow, Limits};
+use crate::ensemble::Ensemble;
+use crate::error::{Error, Result};
+use crate::fusion::{Decision, Logits};
+use crate::kv_cache::BLOCK_SIZE;
+use crate::model::Role;
+
+/// One thread a core, as far as the system tells.
+pub fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// How a [`CpuBackend`] is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuOptions {
+    /// Threads, the caller's included; at least 1.
+    pub threads: usize,
+    /// What it can hold.
+    pub limits: Limits,
+}
+
+/// Runs an ensemble on this machine's cores.
+///
+/// Weights are used as stored, f32, f16 or bf16; all arithmetic is f32. Memory besides the weights is the cache,
+/// `2 · layers · num_key_value_heads · head_dim · 4` bytes a position and model, the logits, `slots · vocab_size · 4`
+/// bytes a model, and activations of at most 512 rows. Cache and logits cost nothing before they are used.
+pub struct CpuBackend {
+    ensemble: Arc<Ensemble>,
+    limits: Limits,
+    isa: Isa,
+    pool: Pool,
+    scratch: Vec<Mutex<Scratch>>,
+    fuser: Fuser,
+    caches: Vec<KvCache>,
+    /// `(models, slots, vocab_size)`
+    logits: Lazy,
+    large: Option<Group>,
+    small: Option<Group>,
+    /// Which slots of `(models, slots)` a batch has named.
+    named: Vec<bool>,
+}
+
+/// What each thread works with.
+struct Scratch {
+    tile: TileScratch,
+    attention: AttentionScratch,
+    /// One head.
+    head: Vec<f32>,
+}
+
+/// The scratch memory of the thread that asks; no other thread asks for it.
+fn lock(scratch: &Mutex<Scratch>) -> MutexGuard<'_, Scratch> {
+    scratch.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl CpuBackend {
+    /// Prepares to run `ensemble`: starts the threads and reserves memory.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] where there are no threads, [`Error::Device`] where the system refuses a thread or the
+    /// memory.
+    pub fn new(ensemble: Arc<Ensemble>, options: CpuOptions) -> Result<Self> {
+        Self::with_isa(ensemble, options, Isa::detect())
+    }
+
+    /// As [`new`](Self::new), for instructions that the machine is known to have.
+    fn with_isa(ensemble: Arc<Ensemble>, options: CpuOptions, isa: Isa) -> Result<Self> {
+        let CpuOptions { threads, limits } = options;
+        let pool = Pool::new(threads)?;
+        let models = ensemble.models();
+        let configs = || models.iter().map(|model| &*model.config);
+        let widest = configs().map(|config| config.hidden_size.max(config.intermediate_size)).max().unwrap_or(1);
+        let scratch = || {
+            Mutex::new(Scratch {
+                tile: TileScratch::new(widest),
+                attention: AttentionScratch::new(configs()),
+                head: vec![0.0; configs().map(|config| config.head_dim).max().unwrap_or(1)],
+            })
+        };
+        let of_role = |large: bool| {
+            let roles = models.iter().enumerate();
+            roles.filter(move |(_, model)| (model.role == Role::Large) == large).map(|(index, _)| index)
+        };
+        Ok(Self {
+            isa,
+            pool,
+            limits,
+            fuser: Fuser::new(),
+            scratch: (0..threads).map(|_| scratch()).collect(),
+            caches: configs().map(|config| KvCache::new(config, limits.blocks)).collect::<Result<_>>()?,
+            logits: Lazy::new(&[models.len(), limits.slots, ensemble.vocab_size()], "logits")?,
+            large: Group::new(&ensemble, of_role(true), limits.rows),
+            small: Group::new(&ensemble, of_role(false), limits.rows),
+            named: vec![false; models.len() * limits.slots],
+            ensemble,
+        })
+    }
+
+    /// The logits of `model` in `slot`; the fused step reads them in place.
+    fn slot(&self, model: usize, slot: usize) -> Option<&[f32]> {
+        if model >= self.ensemble.models().len() || slot >= self.limits.slots {
+            return None;
+        }
+        let vocab_size = self.ensemble.vocab_size();
+        let start = (model * self.limits.slots + slot) * vocab_size;
+        self.logits.get().get(start..start + vocab_size)
+    }
+
+    /// Checks everything that a row indexes with.
+    fn check(&mut self, batch: &Batch<'_>) -> Result<()> {
+        self.named.fill(false);
+        for row in batch.rows {
+            let invalid = |expected: &str| Error::Parameter {
+                name: "row",
+                expected: expected.to_owned(),
+                found: format!("{row:?}"),
+            };
+            let model = self.ensemble.models().get(row.model).ok_or_else(|| invalid("a model of the ensemble"))?;
+            if row.token as usize >= model.config.vocab_size {
+                return Err(invalid("a token of the model's vocabulary"));
+            }
+            let table = batch.tables.get(row.table).ok_or_else(|| invalid("a table of the batch"))?;
+            let blocks = table.blocks.get(..=row.position / BLOCK_SIZE);
+            let blocks = blocks.ok_or_else(|| invalid("a position that has a block"))?;
+            if blocks.iter().any(|&block| block as usize >= self.limits.blocks) {
+                return Err(invalid("blocks within the cache"));
+            }
+            if let Some(slot) = row.slot {
+                let named = self.named.get_mut(row.model * self.limits.slots + slot);
+                match named.filter(|_| slot < self.limits.slots) {
+                    Some(named) if !*named => *named = true,
+                    _ => return Err(invalid("a slot of its own")),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Backend for CpuBackend {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// # Errors
+    /// [`Error::Parameter`] where a row names a model, table, block, token or slot that doesn't exist, or two rows
+    /// the same slot: bugs of the caller that must not reach memory.
+    fn forward(&mut self, batch: &Batch<'_>) -> Result<ForwardTime> {
+        self.check(batch)?;
+        let mut machine = Machine {
+            ensemble: &self.ensemble,
+            pool: &mut self.pool,
+            isa: self.isa,
+            scratch: &self.scratch,
+            caches: &mut self.caches,
+            logits: self.logits.get_mut(),
+            slots: self.limits.slots,
+        };
+        let mut time = |group: &mut Option<Group>| {
+            let Some(group) = group else { return Duration::ZERO };
+            let start = Instant::now();
+            group.forward(&mut machine, batch);
+            start.elapsed()
+        };
+        Ok(ForwardTime { large: time(&mut self.large), small: time(&mut self.small) })
+    }
+
+    fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<()> {
+        let Self { ensemble, fuser, pool, logits, limits, .. } = self;
+        let (logits, vocab_size) = (logits.get(), ensemble.vocab_size());
+        let of_slot = |model: usize, slot: usize| {
+            let start = (model * limits.slots + slot) * vocab_size;
+            logits.get(start..start + vocab_size)
+        };
+        let row_logits = |row: usize| {
+            let mut of_row = Logits::default();
+            for (index, model) in ensemble.models().iter().enumerate() {
+                let Some(logits) = of_slot(index, rows[row].slot) else { continue };
+                match model.role {
+                    Role::Large => of_row.large = Some(logits),
+                    Role::Small => of_row.small = Some(logits),
+                    Role::Expert(_) => of_row.experts.push(logits),
+                }
+            }
+            of_row
+        };
+        let mut parallel = |tasks: usize, task: &(dyn Fn(usize) + Sync)| pool.run(tasks, |_, index| task(index));
+        fuser.fuse(&mut parallel, rows, &row_logits, decisions);
+        Ok(())
+    }
+
+    fn logits(&self, model: usize, slot: usize) -> Result<Vec<f32>> {
+        self.slot(model, slot).map(<[f32]>::to_vec).ok_or_else(|| Error::Parameter {
+            name: "slot",
+            expected: format!("a model below {} and a slot below {}", self.caches.len(), self.limits.slots),
+            found: format!("model {model}, slot {slot}"),
+        })
+    }
+}

@@ -1,0 +1,260 @@
+//! y = x Wᵀ, from one row to a long prompt, with the same bits.
+//!
+//! Every output is one accumulator of eight lanes that runs over k in steps of eight, then one sum of its lanes:
+//! neither the number of rows, nor the tile an output falls into, nor the thread changes its rounding. Weights are
+//! row-major as stored, `(out, in)`, so both operands are contiguous in k.
+
+use half::{bf16, f16};
+
+use super::simd::{Element, Isa, Kernel, LANES, Simd, padded};
+
+/// Activation rows of a tile.
+const TILE_ROWS: usize = 3;
+
+/// Weight rows of a tile: with three activation rows twelve accumulators, three vectors of x and one of w fill
+/// the sixteen registers, and seven loads feed twelve multiplications.
+const TILE_COLS: usize = 4;
+
+/// Steps of k in one go: 1024 floats of four weight rows and of three activation rows stay in a 32 KiB L1.
+const BLOCK_STEPS: usize = 1024 / LANES;
+
+/// The most activation rows of one [`MatMul`].
+pub(crate) const BLOCK_ROWS: usize = 48;
+
+/// y\[r\]\[c\] = Σ_k x\[r\]\[k\] · w\[c\]\[k\]
+pub(crate) struct MatMul<'a, E> {
+    /// `(rows, k)`, rows `x_stride` apart, each followed by zeros up to whole vectors.
+    pub(crate) x: &'a [f32],
+    /// At least `k` rounded up to whole vectors.
+    pub(crate) x_stride: usize,
+    /// At most [`BLOCK_ROWS`].
+    pub(crate) rows: usize,
+    /// `(cols, k)`, rows `w_stride` apart.
+    pub(crate) w: &'a [E],
+    /// At least `k`.
+    pub(crate) w_stride: usize,
+    /// The terms of each sum.
+    pub(crate) k: usize,
+    /// Outputs of a row.
+    pub(crate) cols: usize,
+    /// `(rows, cols)`, rows `y_stride` apart.
+    pub(crate) y: &'a mut [f32],
+    /// At least `cols`.
+    pub(crate) y_stride: usize,
+}
+
+impl<E: Element> Kernel for MatMul<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        if self.rows == 0 || self.cols == 0 {
+            return;
+        }
+        // What the unchecked loads and stores below rest on.
+        assert!(self.rows <= BLOCK_ROWS && padded(self.k) <= self.x_stride);
+        assert!(self.k <= self.w_stride && self.cols <= self.y_stride);
+        assert!((self.rows - 1) * self.x_stride + padded(self.k) <= self.x.len());
+        assert!((self.cols - 1) * self.w_stride + self.k <= self.w.len());
+        assert!((self.rows - 1) * self.y_stride + self.cols <= self.y.len());
+        let whole = self.cols - self.cols % TILE_COLS;
+        let mut this = self;
+        for col in (0..whole).step_by(TILE_COLS) {
+            this.columns::<S, TILE_COLS>(simd, col);
+        }
+        for col in whole..this.cols {
+            this.columns::<S, 1>(simd, col);
+        }
+    }
+}
+
+impl<E: Element> MatMul<'_, E> {
+    /// All rows of `N` columns from `col` on.
+    #[inline(always)]
+    fn columns<S: Simd, const N: usize>(&mut self, simd: S, col: usize) {
+        let steps = self.k.div_ceil(LANES);
+        if steps > BLOCK_STEPS && self.rows > TILE_ROWS {
+            return self.columns_blocked::<S, N>(simd, col);
+        }
+        let mut row = 0;
+        while row < self.rows {
+            row += match self.rows - row {
+                1 => self.tile::<S, 1, N>(simd, row, col),
+                2 => self.tile::<S, 2, N>(simd, row, col),
+                _ => self.tile::<S, TILE_ROWS, N>(simd, row, col),
+            };
+        }
+    }
+
+    /// As [`columns`](Self::columns), in blocks of k: accumulators wait in memory between the blocks.
+    #[inline(always)]
+    fn columns_blocked<S: Simd, const N: usize>(&mut self, simd: S, col: usize) {
+        let mut waiting = [[[simd.zero(); N]; TILE_ROWS]; BLOCK_ROWS.div_ceil(TILE_ROWS)];
+        let steps = self.k.div_ceil(LANES);
+        for start in (0..steps).step_by(BLOCK_STEPS) {
+            let end = steps.min(start + BLOCK_STEPS);
+            for (row, acc) in (0..self.rows).step_by(TILE_ROWS).zip(&mut waiting) {
+                match self.rows - row {
+                    1 => self.accumulate::<S, 1, N>(simd, acc, row, col, start..end),
+                    2 => self.accumulate::<S, 2, N>(simd, acc, row, col, start..end),
+                    _ => self.accumulate::<S, TILE_ROWS, N>(simd, acc, row, col, start..end),
+                }
+            }
+        }
+        for (row, acc) in (0..self.rows).step_by(TILE_ROWS).zip(&waiting) {
+            let rows = TILE_ROWS.min(self.rows - row);
+            self.finish(simd, &acc[..rows], row, col);
+        }
+    }
+
+    /// A tile of `M` rows and `N` columns from start to end; returns `M`.
+    #[inline(always)]
+    fn tile<S: Simd, const M: usize, const N: usize>(&mut self, simd: S, row: usize, col: usize) -> usize {
+        let mut acc = [[simd.zero(); N]; M];
+        self.accumulate::<S, M, N>(simd, &mut acc, row, col, 0..self.k.div_ceil(LANES));
+        self.finish(simd, &acc, row, col);
+        M
+    }
+
+    /// acc += x wᵀ over `steps` of eight k, for the first `M` rows of `acc`.
+    #[inline(always)]
+    fn accumulate<S: Simd, const M: usize, const N: usize>(
+        &self,
+        simd: S,
+        waiting: &mut [[S::V; N]],
+        row: usize,
+        col: usize,
+        steps: std::ops::Range<usize>,
+    ) {
+        let mut acc = [[simd.zero(); N]; M];
+        acc.copy_from_slice(&waiting[..M]);
+        // SAFETY: `run` asserted that `x` holds `rows` rows of whole vectors and `w` `cols` rows of k; row + M is
+        // at most `rows` and col + N at most `cols`.
+        let (x, w) = unsafe { (self.x.as_ptr().add(row * self.x_stride), self.w.as_ptr().add(col * self.w_stride)) };
+        let whole = steps.end.min(self.k / LANES);
+        let mut k = steps.start * LANES;
+        while k < whole * LANES {
+            let mut xs = [simd.zero(); M];
+            for (i, x_row) in xs.iter_mut().enumerate() {
+                // SAFETY: as above; k + 8 is at most `self.k`.
+                *x_row = unsafe { simd.load(x.add(i * self.x_stride + k)) };
+            }
+            for j in 0..N {
+                // SAFETY: as above.
+                let w_row = unsafe { E::load(simd, w.add(j * self.w_stride + k)) };
+                for (acc, &x_row) in acc.iter_mut().zip(&xs) {
+                    acc[j] = simd.fma(x_row, w_row, acc[j]);
+                }
+            }
+            k += LANES;
+        }
+        if whole < steps.end {
+            for j in 0..N {
+                let start = (col + j) * self.w_stride;
+                let w_row = E::load_partial(simd, &self.w[start + k..start + self.k]);
+                for (i, acc) in acc.iter_mut().enumerate() {
+                    // SAFETY: as above; `x` has zeros up to whole vectors.
+                    let x_row = unsafe { simd.load(x.add(i * self.x_stride + k)) };
+                    acc[j] = simd.fma(x_row, w_row, acc[j]);
+                }
+            }
+        }
+        waiting[..M].copy_from_slice(&acc);
+    }
+
+    /// Sums the lanes of a tile and stores it.
+    #[inline(always)]
+    fn finish<S: Simd, const N: usize>(&mut self, simd: S, acc: &[[S::V; N]], row: usize, col: usize) {
+        for (i, acc) in acc.iter().enumerate() {
+            let start = (row + i) * self.y_stride + col;
+            let y = &mut self.y[start..start + N];
+            if let (Ok(y), &[a, b, c, d]) = (<&mut [f32; 4]>::try_from(&mut *y), acc.as_slice()) {
+                *y = simd.sum4([a, b, c, d]);
+            } else {
+                for (y, &acc) in y.iter_mut().zip(acc) {
+                    *y = simd.sum(acc);
+                }
+            }
+        }
+    }
+}
+
+/// Weight rows as f32, each followed by zeros up to whole vectors: for many activation rows the conversion is
+/// done once.
+pub(crate) struct Convert<'a, E> {
+    /// `(rows, k)`, contiguous.
+    pub(crate) from: &'a [E],
+    /// Numbers in a row.
+    pub(crate) k: usize,
+    /// `(rows, padded(k))`.
+    pub(crate) to: &'a mut [f32],
+}
+
+impl<E: Element> Kernel for Convert<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for (from, to) in self.from.chunks_exact(self.k).zip(self.to.chunks_exact_mut(padded(self.k))) {
+            for (from, to) in from.chunks(LANES).zip(to.chunks_exact_mut(LANES)) {
+                let v = if from.len() == LANES {
+                    // SAFETY: eight elements.
+                    unsafe { E::load(simd, from.as_ptr()) }
+                } else {
+                    E::load_partial(simd, from)
+                };
+                // SAFETY: eight f32.
+                unsafe { simd.store(to.as_mut_ptr(), v) };
+            }
+        }
+    }
+}
+
+/// The numbers of a tensor or of a part of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Numbers<'a> {
+    /// f32.
+    F32(&'a [f32]),
+    /// f16.
+    F16(&'a [f16]),
+    /// bf16.
+    Bf16(&'a [bf16]),
+}
+
+impl<'a> Numbers<'a> {
+    /// The numbers of `tensor`.
+    pub(crate) fn of(tensor: &'a crate::weights::Tensor) -> Self {
+        match tensor.data() {
+            crate::weights::TensorData::F32(x) => Self::F32(x),
+            crate::weights::TensorData::F16(x) => Self::F16(x),
+            crate::weights::TensorData::Bf16(x) => Self::Bf16(x),
+        }
+    }
+
+    /// A part.
+    pub(crate) fn part(self, range: std::ops::Range<usize>) -> Self {
+        match self {
+            Self::F32(x) => Self::F32(&x[range]),
+            Self::F16(x) => Self::F16(&x[range]),
+            Self::Bf16(x) => Self::Bf16(&x[range]),
+        }
+    }
+
+    /// Converts rows of `k` numbers to f32, each followed by zeros up to whole vectors.
+    pub(crate) fn convert(self, isa: Isa, k: usize, to: &mut [f32]) {
+        match self {
+            Self::F32(from) => isa.run(Convert { from, k, to }),
+            Self::F16(from) => isa.run(Convert { from, k, to }),
+            Self::Bf16(from) => isa.run(Convert { from, k, to }),
+        }
+    }
+
+    /// One number as f32.
+    pub(crate) fn get(self, index: usize) -> f32 {
+        match self {
+            Self::F32(x) => x[index],
+            Self::F16(x) => x[index].get(),
+            Self::Bf16(x) => x[index].get(),
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! Activations: rows of f32, and how the tasks of a region share them.
+
+use std::marker::PhantomData;
+
+use super::simd::padded;
+
+/// Rows of f32, each followed by zeros up to whole vectors: kernels never need a tail in k.
+#[derive(Debug)]
+pub(crate) struct Matrix {
+    data: Vec<f32>,
+    cols: usize,
+}
+
+impl Matrix {
+    /// Zeros, `(rows, cols)`.
+    pub(crate) fn new(rows: usize, cols: usize) -> Self {
+        Self { data: vec![0.0; rows * padded(cols)], cols }
+    }
+
+    /// The distance between rows.
+    pub(crate) fn stride(&self) -> usize {
+        padded(self.cols)
+    }
+
+    /// All rows with their padding.
+    pub(crate) fn data(&self) -> &[f32] {
+        &self.data
+    }
+
+    /// All rows with their padding; the padding stays zero.
+    pub(crate) fn data_mut(&mut self) -> &mut [f32] {
+        &mut self.data
+    }
+
+    /// One row without its padding.
+    pub(crate) fn row(&self, row: usize) -> &[f32] {
+        let start = row * self.stride();
+        &self.data[start..start + self.cols]
+    }
+
+    /// The matrix for tasks that write disjoint parts of it.
+    pub(crate) fn shared(&mut self) -> Shared<'_> {
+        Shared::new(&mut self.data)
+    }
+}
+
+/// Numbers that the tasks of a region write in disjoint parts.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<'a> {
+    start: *mut f32,
+    len: usize,
+    borrow: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: a part is reached only through `part`, whose caller promises that no two overlap.
+unsafe impl Sync for Shared<'_> {}
+// SAFETY: as above.
+unsafe impl Send for Shared<'_> {}
+
+impl<'a> Shared<'a> {
+    /// Shares `data`.
+    pub(crate) fn new(data: &'a mut [f32]) -> Self {
+        Self { start: data.as_mut_ptr(), len: data.len(), borrow: PhantomData }
+    }
+
+    /// The part of `len` numbers from `start` on.
+    ///
+    /// # Safety
+    /// No other reference to any of these numbers may be alive while this one is.
+    #[allow(clippy::mut_from_ref, reason = "the caller promises that parts are disjoint")]
+    pub(crate) unsafe fn part(&self, start: usize, len: usize) -> &'a mut [f32] {
+        assert!(start <= self.len && len <= self.len - start, "a part lies inside");
+        // SAFETY: inside the borrowed slice, and not aliased by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}

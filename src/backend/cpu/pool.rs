@@ -1,0 +1,257 @@
+//! The threads: a fixed set of workers that run the tasks of one region at a time.
+//!
+//! A decode step has some 150 regions of a few microseconds to a millisecond, so starting one must cost about a
+//! microsecond: workers spin for a moment before they sleep, tasks are claimed by one atomic, and nobody waits for
+//! a worker that claimed nothing.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use crate::error::{Error, Result};
+
+/// How often a worker looks for work before it sleeps: some 50 µs.
+const SPINS: u32 = 2_000;
+
+/// How often the caller looks for the end of a region before it offers its core to others: on a busy machine the
+/// worker that it waits for may need it.
+const SPINS_BEFORE_YIELD: u32 = 10_000;
+
+/// A task: called with the index of the thread that runs it, below [`Pool::threads`], and its own.
+type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
+
+/// The region that runs now.
+#[derive(Clone, Copy)]
+struct Region {
+    task: *const Task<'static>,
+    tasks: usize,
+}
+
+/// What all threads see.
+struct Shared {
+    /// The number of the region in the upper half, and how many of its tasks are unclaimed in the lower: a claim
+    /// is one compare-and-swap, which fails if the region is over.
+    ticket: AtomicU64,
+    /// Written by the caller while no task is unclaimed or running, read by whoever has claimed one.
+    region: UnsafeCell<Option<Region>>,
+    /// Tasks that are finished.
+    finished: AtomicUsize,
+    /// The first panic of a task.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    /// Which workers sleep.
+    asleep: Vec<AtomicBool>,
+    /// Set once, by Drop.
+    stop: AtomicBool,
+}
+
+// SAFETY: `region` is written only between regions (every task claimed and finished, which `finished` orders) and
+// read only after a successful claim (which `ticket` orders); its pointer is to a `Sync` closure.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; nothing in it belongs to one thread.
+unsafe impl Send for Shared {}
+
+/// Worker threads, and the thread that calls [`run`](Self::run).
+pub(crate) struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    regions: u32,
+}
+
+impl Pool {
+    /// A pool of `threads` threads, the caller's included.
+    ///
+    /// # Errors
+    /// [`Error::Parameter`] where `threads` is 0, [`Error::Device`] where a thread can't be started.
+    pub(crate) fn new(threads: usize) -> Result<Self> {
+        if threads == 0 {
+            return Err(Error::Parameter {
+                name: "threads",
+                expected: "at least 1".to_owned(),
+                found: threads.to_string(),
+            });
+        }
+        let shared = Arc::new(Shared {
+            ticket: AtomicU64::new(0),
+            region: UnsafeCell::new(None),
+            finished: AtomicUsize::new(0),
+            panic: Mutex::new(None),
+            asleep: (1..threads).map(|_| AtomicBool::new(false)).collect(),
+            stop: AtomicBool::new(false),
+        });
+        let mut pool = Self { shared, workers: Vec::with_capacity(threads - 1), regions: 0 };
+        for index in 1..threads {
+            let shared = Arc::clone(&pool.shared);
+            let worker = thread::Builder::new()
+                .name(format!("dlf-worker-{index}"))
+                .spawn(move || shared.work(index))
+                .map_err(|source| Error::Device { requested: "cpu".to_owned(), reason: source.to_string() })?;
+            pool.workers.push(worker);
+        }
+        Ok(pool)
+    }
+
+    /// The number of threads, the caller's included.
+    pub(crate) fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Runs `task(thread, index)` for every index below `tasks`, the first ones first, and returns when all are
+    /// finished. A panic in a task continues here once the others are finished.
+    pub(crate) fn run(&mut self, tasks: usize, task: impl Fn(usize, usize) + Sync) {
+        if self.workers.is_empty() || tasks <= 1 {
+            for index in 0..tasks {
+                task(0, index);
+            }
+            return;
+        }
+        let shared = &*self.shared;
+        let task: *const Task<'_> = &raw const task;
+        // SAFETY: only the lifetime changes; this function doesn't return before every task is finished, and who
+        // has not claimed one doesn't look at the pointer.
+        let task = unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(task) };
+        // SAFETY: the last region is over: no task of it is unclaimed or running, so nobody reads.
+        unsafe { *shared.region.get() = Some(Region { task, tasks }) };
+        shared.finished.store(0, Ordering::Relaxed);
+        self.regions = self.regions.wrapping_add(1);
+        // SeqCst here and at the flags: either a worker that is about to sleep sees the new ticket, or this
+        // thread sees its flag.
+        shared.ticket.store(u64::from(self.regions) << 32 | tasks as u64, Ordering::SeqCst);
+        for (asleep, worker) in shared.asleep.iter().zip(&self.workers) {
+            if asleep.load(Ordering::SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+        while shared.claim_and_run(0) {}
+        let mut spins = 0;
+        while shared.finished.load(Ordering::Acquire) < tasks {
+            spins += 1;
+            if spins < SPINS_BEFORE_YIELD { std::hint::spin_loop() } else { thread::yield_now() }
+        }
+        let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker catches every panic of its tasks, so there is none to pass on.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    /// Claims a task and runs it; false where none is unclaimed.
+    fn claim_and_run(&self, thread: usize) -> bool {
+        let mut ticket = self.ticket.load(Ordering::Relaxed);
+        let unclaimed = loop {
+            let unclaimed = (ticket & u64::from(u32::MAX)) as usize;
+            if unclaimed == 0 {
+                return false;
+            }
+            match self.ticket.compare_exchange_weak(ticket, ticket - 1, Ordering::Acquire, Ordering::Relaxed) {
+                Ok(_) => break unclaimed,
+                Err(now) => ticket = now,
+            }
+        };
+        // SAFETY: this thread holds an unfinished task of the region, so nobody writes.
+        let Some(region) = (unsafe { *self.region.get() }) else { return false };
+        // SAFETY: the closure lives until every task is finished, and this one is not.
+        let task = unsafe { &*region.task };
+        let outcome = catch_unwind(AssertUnwindSafe(|| task(thread, region.tasks - unclaimed)));
+        if let Err(panic) = outcome {
+            self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+        }
+        self.finished.fetch_add(1, Ordering::Release);
+        true
+    }
+
+    /// The life of a worker.
+    fn work(&self, thread: usize) {
+        let Some(asleep) = self.asleep.get(thread - 1) else { return };
+        let mut spins = 0;
+        while !self.stop.load(Ordering::Relaxed) {
+            if self.claim_and_run(thread) {
+                spins = 0;
+            } else if spins < SPINS {
+                spins += 1;
+                std::hint::spin_loop();
+            } else {
+                asleep.store(true, Ordering::SeqCst);
+                let idle = self.ticket.load(Ordering::SeqCst) & u64::from(u32::MAX) == 0;
+                if idle && !self.stop.load(Ordering::SeqCst) {
+                    thread::park();
+                }
+                asleep.store(false, Ordering::SeqCst);
+                spins = 0;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once() {
+        for threads in [1, 2, 3, 5] {
+            let mut pool = Pool::new(threads).unwrap();
+            // Many short regions of changing size, so that late workers meet regions that are over.
+            for round in 0..3_000 {
+                let tasks = round % 17;
+                let runs: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(tasks, |thread, index| {
+                    assert!(thread < threads);
+                    runs[index].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(runs.iter().all(|runs| runs.load(Ordering::Relaxed) == 1), "round {round}");
+            }
+        }
+    }
+
+    #[test]
+    fn sleeping_workers_wake() {
+        let mut pool = Pool::new(2).unwrap();
+        for _ in 0..3 {
+            thread::sleep(Duration::from_millis(20));
+            assert!(pool.shared.asleep[0].load(Ordering::SeqCst), "an idle worker sleeps");
+            // The first task ends only once the second runs: both threads are needed.
+            let barrier = std::sync::Barrier::new(2);
+            pool.run(2, |_, _| {
+                barrier.wait();
+            });
+        }
+    }
+
+    #[test]
+    fn a_panic_continues_in_the_caller_and_the_pool_survives() {
+        let mut pool = Pool::new(2).unwrap();
+        for _ in 0..10 {
+            let finished = AtomicUsize::new(0);
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(8, |_, index| {
+                    assert_ne!(index, 3, "the third task fails");
+                    finished.fetch_add(1, Ordering::Relaxed);
+                });
+            }));
+            assert!(outcome.is_err());
+            assert_eq!(finished.load(Ordering::Relaxed), 7);
+        }
+    }
+
+    #[test]
+    fn no_threads_is_an_error() {
+        assert!(matches!(Pool::new(0), Err(Error::Parameter { name: "threads", .. })));
+    }
+}

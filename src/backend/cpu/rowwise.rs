@@ -1,0 +1,105 @@
+//! What is done to one row at a time: RMSNorm, rotation, SiLU.
+
+use super::simd::{Element, Kernel, LANES, Simd};
+
+/// RMSNorm: y = w · x / √(mean(x²) + ε).
+pub(crate) struct RmsNorm<'a, E> {
+    /// A row, followed by zeros up to whole vectors.
+    pub(crate) x: &'a [f32],
+    /// As many weights as the row has numbers.
+    pub(crate) weight: &'a [E],
+    /// ε.
+    pub(crate) eps: f32,
+    /// A row with room for whole vectors; zeros are stored past its end.
+    pub(crate) y: &'a mut [f32],
+}
+
+impl<E: Element> Kernel for RmsNorm<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let mut squares = simd.zero();
+        for x in self.x.chunks_exact(LANES) {
+            // SAFETY: eight f32.
+            let x = unsafe { simd.load(x.as_ptr()) };
+            squares = simd.fma(x, x, squares);
+        }
+        let mean = simd.sum(squares) / self.weight.len() as f32;
+        let scale = simd.splat(1.0 / (mean + self.eps).sqrt());
+        let rows = self.x.chunks_exact(LANES).zip(self.y.chunks_exact_mut(LANES));
+        for ((x, y), weight) in rows.zip(self.weight.chunks(LANES)) {
+            let weight = if weight.len() == LANES {
+                // SAFETY: eight elements.
+                unsafe { E::load(simd, weight.as_ptr()) }
+            } else {
+                E::load_partial(simd, weight)
+            };
+            // SAFETY: eight f32 each.
+            unsafe { simd.store(y.as_mut_ptr(), simd.mul(weight, simd.mul(simd.load(x.as_ptr()), scale))) };
+        }
+    }
+}
+
+/// gate ← silu(gate) · up, with silu(x) = x / (1 + e⁻ˣ).
+pub(crate) struct SiluMul<'a> {
+    /// Whole vectors.
+    pub(crate) gate: &'a mut [f32],
+    /// As many.
+    pub(crate) up: &'a [f32],
+}
+
+impl Kernel for SiluMul<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for (gate, up) in self.gate.chunks_exact_mut(LANES).zip(self.up.chunks_exact(LANES)) {
+            // SAFETY: eight f32 each.
+            unsafe {
+                let x = simd.load(gate.as_ptr());
+                let denominator = simd.add(simd.splat(1.0), simd.exp(simd.sub(simd.zero(), x)));
+                let silu = simd.div(x, denominator);
+                simd.store(gate.as_mut_ptr(), simd.mul(silu, simd.load(up.as_ptr())));
+            }
+        }
+    }
+}
+
+/// y ← y + scale · x
+pub(crate) struct AddScaled<'a> {
+    /// Whole vectors.
+    pub(crate) y: &'a mut [f32],
+    /// As many.
+    pub(crate) x: &'a [f32],
+    /// The factor.
+    pub(crate) scale: f32,
+}
+
+impl Kernel for AddScaled<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let scale = simd.splat(self.scale);
+        for (y, x) in self.y.chunks_exact_mut(LANES).zip(self.x.chunks_exact(LANES)) {
+            // SAFETY: eight f32 each.
+            unsafe {
+                let sum = simd.fma(scale, simd.load(x.as_ptr()), simd.load(y.as_ptr()));
+                simd.store(y.as_mut_ptr(), sum);
+            }
+        }
+    }
+}
+
+/// Rotates a head: dimension i and i + head_dim/2 are a pair that turns by the angle of frequency i.
+///
+/// `to` gets the rotated numbers times `scale`.
+pub(crate) fn rotate(from: &[f32], cos: &[f32], sin: &[f32], scale: f32, to: &mut [f32]) {
+    let (left, right) = from.split_at(cos.len());
+    let (to_left, to_right) = to.split_at_mut(cos.len());
+    for i in 0..cos.len() {
+        to_left[i] = (left[i] * cos[i] - right[i] * sin[i]) * scale;
+        to_right[i] = (right[i] * cos[i] + left[i] * sin[i]) * scale;
+    }
+}
