@@ -12,6 +12,8 @@ pub mod kv_cache;
 pub mod model;
 pub mod rope;
 pub mod sampling;
+#[cfg(feature = "tokenizer")]
+pub mod tokenizer;
 pub mod weights;
 
 pub use ensemble::Ensemble;
