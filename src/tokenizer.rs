@@ -175,6 +175,11 @@ impl Tokenizer {
         self.inner.pieces.len()
     }
 
+    /// Whether the two are one tokenizer, loaded once.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
     /// Whether there is a chat template.
     pub fn has_chat_template(&self) -> bool {
         self.inner.template.exists()
