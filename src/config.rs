@@ -174,9 +174,9 @@ impl LlamaConfig {
         }
     }
 
-    /// Numbers that one token adds to the key-value cache: keys and values of every layer.
-    pub fn kv_values_per_token(&self) -> usize {
-        2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+    /// Bytes that one token adds to the key-value cache: keys and values of every layer, in f32.
+    pub fn kv_bytes_per_token(&self) -> usize {
+        2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * size_of::<f32>()
     }
 }
 
