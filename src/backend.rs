@@ -8,9 +8,12 @@
 
 pub mod cpu;
 
+use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::error::Result;
+use crate::ensemble::Ensemble;
+use crate::error::{Error, Result};
 use crate::fusion::{Decision, FusionRule};
 use crate::kv_cache::BlockTable;
 use crate::sampling::SamplingParams;
@@ -88,6 +91,79 @@ pub struct Limits {
     pub slots: usize,
     /// Blocks of [`BLOCK_SIZE`](crate::kv_cache::BLOCK_SIZE) positions in the cache of each model.
     pub blocks: usize,
+}
+
+impl Limits {
+    /// Limits for `sequences` sequences decoded together over `vocab_size` ids, with `blocks` blocks a model.
+    ///
+    /// A prompt is read 512 tokens at a time. Logits take at most 8 MiB a model, unless the sequences need more.
+    pub fn for_vocabulary(vocab_size: usize, sequences: usize, blocks: usize) -> Self {
+        const LOGIT_BYTES: usize = 8 << 20;
+        const MOST_SLOTS: usize = 64;
+        let affordable = LOGIT_BYTES / (size_of::<f32>() * vocab_size.max(1));
+        let sequences = sequences.max(1);
+        Self { rows: sequences.max(512), slots: affordable.clamp(1, MOST_SLOTS).max(sequences), blocks }
+    }
+}
+
+/// Where to compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// The best there is.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The NVIDIA GPU of this number.
+    Cuda(usize),
+}
+
+impl FromStr for Device {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let number = match text {
+            "auto" => return Ok(Self::Auto),
+            "cpu" => return Ok(Self::Cpu),
+            "cuda" => Some(0),
+            _ => text.strip_prefix("cuda:").and_then(|number| number.parse().ok()),
+        };
+        number.map(Self::Cuda).ok_or_else(|| Error::Parameter {
+            name: "device",
+            expected: "auto, cpu, cuda or cuda:N".to_owned(),
+            found: format!("{text:?}"),
+        })
+    }
+}
+
+/// How to open a backend.
+#[derive(Clone, Copy, Debug)]
+pub struct BackendOptions {
+    /// Where to compute.
+    pub device: Device,
+    /// Threads of the CPU backend; `None` is one a core.
+    pub threads: Option<usize>,
+    /// What it must hold.
+    pub limits: Limits,
+}
+
+impl BackendOptions {
+    /// Opens the backend for an ensemble.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the device can't be used.
+    pub fn open(self, ensemble: Arc<Ensemble>) -> Result<Box<dyn Backend>> {
+        match self.device {
+            Device::Auto | Device::Cpu => {
+                let threads = self.threads.unwrap_or_else(cpu::available_threads);
+                Ok(Box::new(cpu::CpuBackend::new(ensemble, cpu::CpuOptions { threads, limits: self.limits })?))
+            }
+            Device::Cuda(number) => Err(Error::Device {
+                requested: format!("cuda:{number}"),
+                reason: "this build has no CUDA backend; use --device cpu".to_owned(),
+            }),
+        }
+    }
 }
 
 /// Where the time of one [`Backend::forward`] went.

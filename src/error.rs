@@ -168,6 +168,15 @@ pub enum Error {
         /// Blocks that are free.
         available: usize,
     },
+    /// A request that was accepted could not be finished; the others go on.
+    #[error("prompt {request}: {source}")]
+    Request {
+        /// The request's number.
+        request: usize,
+        /// What went wrong.
+        #[source]
+        source: Box<Error>,
+    },
     /// A device can't be used.
     #[error("device {requested}: {reason}")]
     Device {

@@ -10,7 +10,9 @@
 //! over a grid of candidates, one expert active at a time. [`reference`] is this, written literally in f64;
 //! the backends compute it in one pass over the vocabulary.
 
+pub mod cumulant;
 pub mod reference;
+pub mod refine;
 
 use arrayvec::ArrayVec;
 
@@ -167,11 +169,23 @@ impl FusionRule {
     }
 }
 
+/// The logits of one row, each `(vocab_size,)` f32 over the vocabulary that the models share. Where lengths
+/// differ, the tokens past the shortest are dropped.
+#[derive(Clone, Debug, Default)]
+pub struct Logits<'a> {
+    /// L.
+    pub large: Option<&'a [f32]>,
+    /// S.
+    pub small: Option<&'a [f32]>,
+    /// E_t, in the ensemble's order.
+    pub experts: PerExpert<&'a [f32]>,
+}
+
 /// What one step decided, and the numbers it decided by. KL terms are in nats, log-probabilities are those of
 /// the temperature-1 distributions over the shared vocabulary.
 ///
 /// A rule that runs one model alone has no α, no loss and no KL terms, and only that model's
-/// log-probability and argmax.
+/// log-probability and argmax: for an expert, the one entry of `logprob_expert` and `argmax_expert`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Decision {
     /// The chosen token, or the one that was to be scored.

@@ -1,18 +1,41 @@
 //! Llama inference for ensembles: a large model, a small one, and experts fine-tuned from the small one, decoded
 //! together by *Dynamic Logits Fusion* (NeurIPS 2024).
+//!
+//! ```text
+//! files ─► Ensemble ─► Generator ─► Step { token, text, α, KL … }
+//!                        │   ▲
+//!              Batch of rows │ Decisions
+//!                        ▼   │
+//!                       Backend: forward (large; small and experts in lockstep), fuse
+//! ```
+//!
+//! An [`Ensemble`] is immutable and shared. A [`Generator`] takes [`Request`]s, keeps them in flight together, and
+//! is an iterator of [`Step`]s; what a step decided, and by which numbers, is its [`fusion::Decision`]. A
+//! [`backend::Backend`] runs the models.
 
 pub mod adapter;
 pub mod backend;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod config;
+#[cfg(feature = "demo")]
+mod demo;
 mod ensemble;
 mod error;
 pub mod fusion;
+pub mod generate;
 mod json;
 pub mod kv_cache;
 pub mod model;
 pub mod rope;
 pub mod sampling;
+#[cfg(feature = "tokenizer")]
+pub mod tokenizer;
 pub mod weights;
 
-pub use ensemble::Ensemble;
+pub use backend::{BackendOptions, Device, Limits};
+pub use ensemble::{Ensemble, EnsembleSpec, ExpertSpec};
 pub use error::{Error, Result};
+pub use fusion::FusionRule;
+pub use generate::{Generator, Request, Step};
+pub use sampling::SamplingParams;

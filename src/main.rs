@@ -1,3 +1,7 @@
 //! The `dlf-engine` binary: parse, run, exit code.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    dlf_engine::cli::main()
+}

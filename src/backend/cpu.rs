@@ -15,6 +15,7 @@
 mod attention;
 mod cache;
 mod forward;
+mod fuse;
 mod matmul;
 mod matrix;
 mod pool;
@@ -28,15 +29,22 @@ use std::time::{Duration, Instant};
 use attention::AttentionScratch;
 use cache::{KvCache, Lazy};
 use forward::{Group, Machine};
+use fuse::Fuser;
 use pool::Pool;
 use projection::TileScratch;
 use simd::Isa;
 
-use super::{Batch, ForwardTime, Limits};
+use super::{Backend, Batch, ForwardTime, FuseRow, Limits};
 use crate::ensemble::Ensemble;
 use crate::error::{Error, Result};
+use crate::fusion::{Decision, Logits};
 use crate::kv_cache::BLOCK_SIZE;
 use crate::model::Role;
+
+/// One thread a core, as far as the system tells.
+pub fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
 
 /// How a [`CpuBackend`] is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +66,7 @@ pub struct CpuBackend {
     isa: Isa,
     pool: Pool,
     scratch: Vec<Mutex<Scratch>>,
+    fuser: Fuser,
     caches: Vec<KvCache>,
     /// `(models, slots, vocab_size)`
     logits: Lazy,
@@ -112,6 +121,7 @@ impl CpuBackend {
             isa,
             pool,
             limits,
+            fuser: Fuser::new(),
             scratch: (0..threads).map(|_| scratch()).collect(),
             caches: configs().map(|config| KvCache::new(config, limits.blocks)).collect::<Result<_>>()?,
             logits: Lazy::new(&[models.len(), limits.slots, ensemble.vocab_size()], "logits")?,
@@ -130,49 +140,6 @@ impl CpuBackend {
         let vocab_size = self.ensemble.vocab_size();
         let start = (model * self.limits.slots + slot) * vocab_size;
         self.logits.get().get(start..start + vocab_size)
-    }
-
-    /// What this backend was built to hold.
-    pub fn limits(&self) -> Limits {
-        self.limits
-    }
-
-    /// Copies the logits of `model` in `slot` over the shared vocabulary: `(vocab_size,)` f32.
-    ///
-    /// # Errors
-    /// [`Error::Parameter`] where there is no such model or slot.
-    pub fn logits(&self, model: usize, slot: usize) -> Result<Vec<f32>> {
-        self.slot(model, slot).map(<[f32]>::to_vec).ok_or_else(|| Error::Parameter {
-            name: "slot",
-            expected: format!("a model below {} and a slot below {}", self.caches.len(), self.limits.slots),
-            found: format!("model {model}, slot {slot}"),
-        })
-    }
-
-    /// Appends the rows' keys and values to the cache and leaves the logits that are wanted in their slots:
-    /// [`Backend::forward`](super::Backend::forward).
-    ///
-    /// # Errors
-    /// [`Error::Parameter`] where a row names a model, table, block, token or slot that doesn't exist, or two rows
-    /// the same slot: bugs of the caller that must not reach memory.
-    pub fn forward(&mut self, batch: &Batch<'_>) -> Result<ForwardTime> {
-        self.check(batch)?;
-        let mut machine = Machine {
-            ensemble: &self.ensemble,
-            pool: &mut self.pool,
-            isa: self.isa,
-            scratch: &self.scratch,
-            caches: &mut self.caches,
-            logits: self.logits.get_mut(),
-            slots: self.limits.slots,
-        };
-        let mut time = |group: &mut Option<Group>| {
-            let Some(group) = group else { return Duration::ZERO };
-            let start = Instant::now();
-            group.forward(&mut machine, batch);
-            start.elapsed()
-        };
-        Ok(ForwardTime { large: time(&mut self.large), small: time(&mut self.small) })
     }
 
     /// Checks everything that a row indexes with.
@@ -203,5 +170,66 @@ impl CpuBackend {
             }
         }
         Ok(())
+    }
+}
+
+impl Backend for CpuBackend {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// # Errors
+    /// [`Error::Parameter`] where a row names a model, table, block, token or slot that doesn't exist, or two rows
+    /// the same slot: bugs of the caller that must not reach memory.
+    fn forward(&mut self, batch: &Batch<'_>) -> Result<ForwardTime> {
+        self.check(batch)?;
+        let mut machine = Machine {
+            ensemble: &self.ensemble,
+            pool: &mut self.pool,
+            isa: self.isa,
+            scratch: &self.scratch,
+            caches: &mut self.caches,
+            logits: self.logits.get_mut(),
+            slots: self.limits.slots,
+        };
+        let mut time = |group: &mut Option<Group>| {
+            let Some(group) = group else { return Duration::ZERO };
+            let start = Instant::now();
+            group.forward(&mut machine, batch);
+            start.elapsed()
+        };
+        Ok(ForwardTime { large: time(&mut self.large), small: time(&mut self.small) })
+    }
+
+    fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<()> {
+        let Self { ensemble, fuser, pool, logits, limits, .. } = self;
+        let (logits, vocab_size) = (logits.get(), ensemble.vocab_size());
+        let of_slot = |model: usize, slot: usize| {
+            let start = (model * limits.slots + slot) * vocab_size;
+            logits.get(start..start + vocab_size)
+        };
+        let row_logits = |row: usize| {
+            let mut of_row = Logits::default();
+            for (index, model) in ensemble.models().iter().enumerate() {
+                let Some(logits) = of_slot(index, rows[row].slot) else { continue };
+                match model.role {
+                    Role::Large => of_row.large = Some(logits),
+                    Role::Small => of_row.small = Some(logits),
+                    Role::Expert(_) => of_row.experts.push(logits),
+                }
+            }
+            of_row
+        };
+        let mut parallel = |tasks: usize, task: &(dyn Fn(usize) + Sync)| pool.run(tasks, |_, index| task(index));
+        fuser.fuse(&mut parallel, rows, &row_logits, decisions);
+        Ok(())
+    }
+
+    fn logits(&self, model: usize, slot: usize) -> Result<Vec<f32>> {
+        self.slot(model, slot).map(<[f32]>::to_vec).ok_or_else(|| Error::Parameter {
+            name: "slot",
+            expected: format!("a model below {} and a slot below {}", self.caches.len(), self.limits.slots),
+            found: format!("model {model}, slot {slot}"),
+        })
     }
 }

@@ -123,7 +123,8 @@ fn ends_of_sequence_are_the_union_of_both_files() {
 #[test]
 fn yarn_has_the_defaults_of_transformers() {
     let yarn = |changes: Value| {
-        let mut parameters = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64});
+        let mut parameters =
+            json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64});
         for (field, value) in changes.as_object().unwrap() {
             parameters[field] = value.clone();
         }
@@ -154,7 +155,9 @@ fn dynamic_rope_lengthens_the_context() {
 #[test]
 fn mistral_without_sliding_window_is_a_llama() {
     let mistral = |window: Value| {
-        with(json!({"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}))
+        with(
+            json!({"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}),
+        )
     };
     assert!(parse(&mistral(Value::Null)).is_ok());
     assert!(parse(&mistral(json!(256))).is_ok(), "a window as long as the context hides nothing");
@@ -166,15 +169,24 @@ fn mistral_without_sliding_window_is_a_llama() {
 fn what_is_not_computed_is_refused_by_name() {
     for (changes, name) in [
         (json!({"model_type": "qwen2"}), "the model type qwen2 is not supported"),
-        (json!({"architectures": ["LlamaForSequenceClassification"]}), "LlamaForSequenceClassification is not"),
+        (
+            json!({"architectures": ["LlamaForSequenceClassification"]}),
+            "LlamaForSequenceClassification is not",
+        ),
         (json!({"hidden_act": "gelu"}), "the activation gelu (hidden_act)"),
         (json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}), "quantization gptq"),
         (json!({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}), "the rope type longrope"),
         (json!({"rope_scaling": {"type": "su", "factor": 2.0}}), "the rope type su"),
-        (json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}}), "RoPE that differs between layers"),
+        (
+            json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
+            "RoPE that differs between layers",
+        ),
         (json!({"partial_rotary_factor": 0.5}), "a partial_rotary_factor of 0.5"),
         (json!({"rope_parameters": {"partial_rotary_factor": 0.25}}), "a partial_rotary_factor of 0.25"),
-        (json!({"layer_types": ["full_attention", "sliding_attention"]}), "attention other than full_attention"),
+        (
+            json!({"layer_types": ["full_attention", "sliding_attention"]}),
+            "attention other than full_attention",
+        ),
         (json!({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}), "code of its own"),
     ] {
         let message = refusal(changes.clone());
@@ -185,21 +197,48 @@ fn what_is_not_computed_is_refused_by_name() {
 #[test]
 fn malformed_fields_are_named_with_what_they_are() {
     for (changes, rest) in [
-        (json!({"hidden_size": "64"}), "`hidden_size`: expected a whole number from 1 to 1048576, found \"64\""),
-        (json!({"hidden_size": 64.0}), "`hidden_size`: expected a whole number from 1 to 1048576, found 64.0"),
+        (
+            json!({"hidden_size": "64"}),
+            "`hidden_size`: expected a whole number from 1 to 1048576, found \"64\"",
+        ),
+        (
+            json!({"hidden_size": 64.0}),
+            "`hidden_size`: expected a whole number from 1 to 1048576, found 64.0",
+        ),
         (json!({"vocab_size": 0}), "`vocab_size`: expected a whole number from 1 to 16777216, found 0"),
         (json!({"vocab_size": -1}), "found -1"),
-        (json!({"num_hidden_layers": null}), "`num_hidden_layers`: expected a whole number from 1 to 4096, found nothing"),
+        (
+            json!({"num_hidden_layers": null}),
+            "`num_hidden_layers`: expected a whole number from 1 to 4096, found nothing",
+        ),
         (json!({"num_hidden_layers": u64::MAX}), "found 18446744073709551615"),
-        (json!({"num_key_value_heads": 3}), "`num_key_value_heads`: expected a divisor of the 4 attention heads, found 3"),
+        (
+            json!({"num_key_value_heads": 3}),
+            "`num_key_value_heads`: expected a divisor of the 4 attention heads, found 3",
+        ),
         (json!({"rms_norm_eps": 0}), "`rms_norm_eps`: expected a number between 0 and 1, found 0"),
         (json!({"architectures": "LlamaForCausalLM"}), "`architectures`: expected a list of names"),
         (json!({"rope_parameters": 7}), "`rope_parameters`: expected an object, found 7"),
-        (json!({"rope_parameters": {"rope_theta": "1e4"}}), "`rope_parameters.rope_theta`: expected a number above 1"),
-        (json!({"rope_parameters": {"rope_type": "linear"}}), "`rope_parameters.factor`: expected a number from 1, found nothing"),
-        (json!({"rope_scaling": {"type": "linear", "factor": 0.5}}), "`rope_scaling.factor`: expected a number from 1, found 0.5"),
-        (json!({"tie_word_embeddings": "yes"}), "`tie_word_embeddings`: expected true or false, found \"yes\""),
-        (json!({"eos_token_id": [2, -1]}), "`eos_token_id`: expected a token id or a list of token ids, found [2,-1]"),
+        (
+            json!({"rope_parameters": {"rope_theta": "1e4"}}),
+            "`rope_parameters.rope_theta`: expected a number above 1",
+        ),
+        (
+            json!({"rope_parameters": {"rope_type": "linear"}}),
+            "`rope_parameters.factor`: expected a number from 1, found nothing",
+        ),
+        (
+            json!({"rope_scaling": {"type": "linear", "factor": 0.5}}),
+            "`rope_scaling.factor`: expected a number from 1, found 0.5",
+        ),
+        (
+            json!({"tie_word_embeddings": "yes"}),
+            "`tie_word_embeddings`: expected true or false, found \"yes\"",
+        ),
+        (
+            json!({"eos_token_id": [2, -1]}),
+            "`eos_token_id`: expected a token id or a list of token ids, found [2,-1]",
+        ),
     ] {
         let message = refusal(changes.clone());
         assert!(message.contains(rest), "{changes}: {message}");

@@ -1,0 +1,134 @@
+//! Fusion on the CPU: rows of logits become decisions.
+//!
+//! A row is searched in slices of the vocabulary, each in one pass for all candidates of all experts
+//! ([`slice`], [`walk`]); the slices' sums are merged in order, a few dozen operations in f64 choose α, and
+//! the row's fused logits are written once for the argmax and the sampler. Nothing is allocated after the
+//! first call of a size, and results depend neither on the number of threads nor on the other rows.
+
+mod exp;
+mod models;
+mod row;
+mod simd;
+mod slice;
+mod sums;
+mod walk;
+mod wide;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use models::{Models, NotFinite};
+use row::RowState;
+use simd::{Level, dispatch};
+use slice::{SLICE, Search};
+use sums::{Sums, Tilt};
+
+use crate::backend::FuseRow;
+use crate::error::Result;
+use crate::fusion::{Decision, Logits, PerExpert};
+
+/// Runs a task for each of 0, 1, … below a count, in any order and on any threads, and returns when all are
+/// done.
+pub type Parallel<'a> = dyn FnMut(usize, &(dyn Fn(usize) + Sync)) + 'a;
+
+/// One after the other, on the calling thread.
+pub fn sequential(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+    (0..tasks).for_each(task);
+}
+
+/// Fuses rows of logits. Keeps its working memory from call to call.
+#[derive(Debug)]
+pub struct Fuser {
+    level: Level,
+    slices: Vec<Mutex<Option<Result<Sums, NotFinite>>>>,
+    rows: Vec<Mutex<RowState>>,
+    tilts: Vec<Option<PerExpert<Tilt>>>,
+}
+
+impl Default for Fuser {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Fuser {
+    /// With the best instructions that this CPU has.
+    pub fn new() -> Self {
+        Self::with_level(Level::detect())
+    }
+
+    /// With nothing but the baseline instructions of the target.
+    pub fn portable() -> Self {
+        Self::with_level(Level::Portable)
+    }
+
+    fn with_level(level: Level) -> Self {
+        Self { level, slices: Vec::new(), rows: Vec::new(), tilts: Vec::new() }
+    }
+
+    /// Decides each of `rows`; `logits` gives the logits of the row with that index. `decisions` is cleared and
+    /// gets one entry a row:
+    ///
+    /// - [`Error::MissingModel`](crate::Error::MissingModel) where the rule reads logits that aren't there,
+    /// - [`Error::NotFinite`](crate::Error::NotFinite) where a model that it reads computed NaN or +∞, naming
+    ///   the lowest such token,
+    /// - [`Error::NoCandidate`](crate::Error::NoCandidate) where every token is excluded,
+    /// - [`Error::TokenOutOfRange`](crate::Error::TokenOutOfRange) where a forced token is.
+    pub fn fuse<'a>(
+        &mut self,
+        parallel: &mut Parallel<'_>,
+        rows: &[FuseRow<'_>],
+        logits: &(dyn Fn(usize) -> Logits<'a> + Sync),
+        decisions: &mut Vec<Result<Decision>>,
+    ) {
+        decisions.clear();
+        self.rows.resize_with(rows.len().max(self.rows.len()), Default::default);
+        self.tilts.clear();
+        let mut slices = 1;
+        for (i, row) in rows.iter().enumerate() {
+            let (tilts, width) = lock(&self.rows[i]).open(row, &logits(i));
+            self.tilts.push(tilts);
+            slices = slices.max(width.div_ceil(SLICE));
+        }
+        self.slices.resize_with((rows.len() * slices).max(self.slices.len()), Default::default);
+
+        // One round, but for the refined search: it zooms into a cell and measures the minimum.
+        while self.tilts.iter().any(Option::is_some) {
+            let (level, tilts, states, sums) = (self.level, &self.tilts, &self.rows, &self.slices);
+            parallel(rows.len() * slices, &|task| {
+                let (i, slice) = (task / slices, task % slices);
+                if let Some(tilts) = &tilts[i] {
+                    *lock(&sums[task]) = search(level, rows[i], &logits(i), slice, tilts);
+                }
+            });
+            parallel(rows.len(), &|i| {
+                if let Some(tilts) = &tilts[i] {
+                    let models = Models::new(&logits(i), rows[i].rule);
+                    let parts = sums[i * slices..(i + 1) * slices].iter().map(lock);
+                    lock(&states[i]).advance(level, &rows[i], models, tilts, parts);
+                }
+            });
+            for (tilts, state) in self.tilts.iter_mut().zip(&self.rows) {
+                *tilts = tilts.take().and_then(|_| lock(state).next());
+            }
+        }
+        decisions.extend(self.rows[..rows.len()].iter().zip(rows).map(|(state, row)| lock(state).close(row.step)));
+    }
+}
+
+/// Searches one slice of a row; `None` past the row's width.
+fn search(
+    level: Level,
+    row: FuseRow<'_>,
+    logits: &Logits<'_>,
+    slice: usize,
+    tilts: &[Tilt],
+) -> Option<Result<Sums, NotFinite>> {
+    let models = Models::new(logits, row.rule).ok()?;
+    let range = (slice * SLICE).min(models.width())..((slice + 1) * SLICE).min(models.width());
+    (!range.is_empty()).then(|| dispatch(level, Search { models: &models, range, tilts }))
+}
+
+/// A panic elsewhere doesn't make a row's state wrong: it is written anew before it is read.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,342 @@
+//! One row's way from sums to a decision.
+
+use std::sync::MutexGuard;
+
+use super::models::{Models, NotFinite};
+use super::simd::{Kernel, LANES, Level, Simd, dispatch};
+use super::slice::{Vector, maximum};
+use super::sums::{Ladder, Sums, Tilt};
+use crate::backend::{Choice, FuseRow};
+use crate::error::{Error, Result};
+use crate::fusion::cumulant::{Best, Divergences, choose, loss, one_hot};
+use crate::fusion::{
+    Decision, DynamicRule, FusionRule, Logits, MAX_CANDIDATES, Objective, PerExpert, SearchMode, refine,
+};
+use crate::model::Role;
+use crate::sampling::Sampler;
+
+/// What the sums that come next are for.
+#[derive(Clone, Debug, Default)]
+enum Stage {
+    /// One model alone.
+    #[default]
+    Alone,
+    /// The rule's own candidates.
+    Search,
+    /// Candidates of one expert between the neighbours of the grid's best.
+    Zoom { expert: usize, ladder: Ladder },
+    /// One α of each expert, chosen already.
+    Measure { expert: Option<usize>, alpha: PerExpert<f64> },
+}
+
+/// The numbers of the chosen distribution.
+#[derive(Clone, Debug)]
+struct Chosen {
+    expert: Option<usize>,
+    alpha: PerExpert<f64>,
+    /// Loss and divergences, where there is an α.
+    terms: Option<(f64, Divergences)>,
+    /// log Σ exp of the fused logits.
+    log_sum: f64,
+}
+
+/// A row between its first sums and its decision.
+#[derive(Debug, Default)]
+pub(super) struct RowState {
+    stage: Stage,
+    next: Option<PerExpert<Tilt>>,
+    result: Option<Result<Decision>>,
+    fused: Vec<f32>,
+    sampler: Sampler,
+}
+
+impl RowState {
+    /// What must be summed first, and over how many tokens; nothing where the row fails at once.
+    pub(super) fn open(&mut self, row: &FuseRow<'_>, logits: &Logits<'_>) -> (Option<PerExpert<Tilt>>, usize) {
+        self.next = None;
+        self.result = None;
+        let models = match Models::new(logits, row.rule) {
+            Ok(models) => models,
+            Err(error) => {
+                self.result = Some(Err(error));
+                return (None, 0);
+            }
+        };
+        let experts = models.experts.len();
+        let held = |expert, alpha| Stage::Measure { expert: Some(expert), alpha: one_hot(experts, expert, alpha) };
+        self.stage = match (row.rule, row.held) {
+            (FusionRule::Dynamic(_), Some((expert, alpha))) => held(expert, alpha),
+            (FusionRule::Dynamic(_), None) => Stage::Search,
+            (FusionRule::Static(alpha), _) => {
+                let one_for_all = |t| if alpha.len() == 1 { alpha.first() } else { alpha.get(t) };
+                let alpha = (0..experts).map(|t| one_for_all(t).copied().unwrap_or(0.0)).collect();
+                Stage::Measure { expert: None, alpha }
+            }
+            (FusionRule::Large | FusionRule::Small | FusionRule::Expert(_), _) => Stage::Alone,
+        };
+        (Some(self.tilts(row.rule, experts)), models.width())
+    }
+
+    /// The sums that the stage needs.
+    fn tilts(&self, rule: &FusionRule, experts: usize) -> PerExpert<Tilt> {
+        match &self.stage {
+            Stage::Alone => PerExpert::new(),
+            Stage::Search => {
+                let tilt = |t| Tilt::expert(experts, t, Ladder::through(grid(rule, t)));
+                (0..experts).map(tilt).collect()
+            }
+            Stage::Zoom { expert, ladder } => std::iter::once(Tilt::expert(experts, *expert, *ladder)).collect(),
+            Stage::Measure { alpha, .. } => std::iter::once(Tilt::fixed(alpha)).collect(),
+        }
+    }
+
+    /// What must be summed next, if anything.
+    pub(super) fn next(&mut self) -> Option<PerExpert<Tilt>> {
+        self.next.take()
+    }
+
+    /// The decision.
+    pub(super) fn close(&mut self, step: usize) -> Result<Decision> {
+        self.result.take().unwrap_or(Err(Error::NoCandidate { step }))
+    }
+
+    /// Takes the sums of the row's slices: either the row is decided or it needs others.
+    pub(super) fn advance<'g>(
+        &mut self,
+        level: Level,
+        row: &FuseRow<'_>,
+        models: Result<Models<'_>>,
+        tilts: &[Tilt],
+        parts: impl Iterator<Item = MutexGuard<'g, Option<Result<Sums, NotFinite>>>>,
+    ) {
+        self.result = match self.try_advance(level, row, models, tilts, parts) {
+            Ok(decision) => decision.map(Ok),
+            Err(error) => Some(Err(error)),
+        };
+    }
+
+    fn try_advance<'g>(
+        &mut self,
+        level: Level,
+        row: &FuseRow<'_>,
+        models: Result<Models<'_>>,
+        tilts: &[Tilt],
+        parts: impl Iterator<Item = MutexGuard<'g, Option<Result<Sums, NotFinite>>>>,
+    ) -> Result<Option<Decision>> {
+        let models = models?;
+        let experts = models.experts.len();
+        let mut sums = Sums::empty(tilts, experts);
+        for mut part in parts {
+            match part.take() {
+                Some(Ok(part)) => sums.append(&part),
+                Some(Err(not_finite)) => return Err(not_finite.at(row.step)),
+                None => {}
+            }
+        }
+        if sums.base.sum == 0.0 {
+            return Err(Error::NoCandidate { step: row.step });
+        }
+        let targets = sums.divergences();
+        let chosen = match std::mem::take(&mut self.stage) {
+            Stage::Alone => {
+                let log_sum = sums.base.log_sum();
+                Chosen { expert: None, alpha: PerExpert::new(), terms: None, log_sum }
+            }
+            Stage::Measure { expert, alpha } => measured(row.rule, &sums, &targets, expert, alpha),
+            Stage::Search => {
+                let (objective, mode) = search_of(row.rule);
+                let best = choose(objective, &sums.directions, |t| grid(row.rule, t), &targets);
+                let best = best.ok_or(Error::NoCandidate { step: row.step })?;
+                let candidates = grid(row.rule, best.expert);
+                if mode == SearchMode::Refine && candidates.len() > 1 {
+                    let low = candidates[best.candidate.saturating_sub(1)];
+                    let high = candidates[(best.candidate + 1).min(candidates.len() - 1)];
+                    let step = (high - low) / (MAX_CANDIDATES - 1) as f64;
+                    let ladder = Ladder { first: low, step, count: MAX_CANDIDATES };
+                    self.stage = Stage::Zoom { expert: best.expert, ladder };
+                    self.next = Some(self.tilts(row.rule, experts));
+                    return Ok(None);
+                }
+                picked(&sums, &best, experts, candidates[best.candidate])
+            }
+            Stage::Zoom { expert, ladder } => {
+                let alpha = zoomed(row.rule, &sums, &targets, ladder).unwrap_or(ladder.first);
+                self.stage = Stage::Measure { expert: Some(expert), alpha: one_hot(experts, expert, alpha) };
+                self.next = Some(self.tilts(row.rule, experts));
+                return Ok(None);
+            }
+        };
+        self.decide(level, row, &models, &sums, &targets, chosen).map(Some)
+    }
+
+    /// Writes the fused logits, chooses the token, and fills in the story.
+    fn decide(
+        &mut self,
+        level: Level,
+        row: &FuseRow<'_>,
+        models: &Models<'_>,
+        sums: &Sums,
+        targets: &[Divergences],
+        chosen: Chosen,
+    ) -> Result<Decision> {
+        self.fused.resize(models.width(), 0.0);
+        let kernel = FusedRow { models, alpha: &chosen.alpha, masked: sums.masked, fused: &mut self.fused };
+        let argmax_fused = dispatch(level, kernel);
+        let token = match row.choice {
+            Choice::Forced(id) if (id as usize) < models.width() => id,
+            Choice::Forced(id) => {
+                return Err(Error::TokenOutOfRange { role: models.base.0, id, vocab_size: models.width() });
+            }
+            Choice::Sample { params, history, generated, banned } => {
+                let prompt = history.len().saturating_sub(generated);
+                let token = self.sampler.choose(&mut self.fused, params, history, prompt, banned, row.step);
+                token.ok_or(Error::NoCandidate { step: row.step })?
+            }
+        };
+        let t = token as usize;
+        let excluded = sums.masked && models.excludes(t);
+        let logprob = |x: f64, log_sum: f64| if excluded { f64::NEG_INFINITY } else { x - log_sum };
+        let small = models.small.get(t).copied().map_or(0.0, f64::from);
+        let shift = chosen.alpha.iter().zip(&models.experts).filter(|(alpha, _)| **alpha != 0.0);
+        let shift = shift.map(|(alpha, expert)| alpha * (f64::from(expert[t]) - small)).sum::<f64>();
+        let base = f64::from(models.base.1[t]);
+
+        let mut decision = Decision {
+            token,
+            argmax_fused,
+            logprob_fused: logprob(base + shift, chosen.log_sum),
+            expert: chosen.expert,
+            alpha: chosen.alpha,
+            loss: chosen.terms.map(|(loss, _)| loss),
+            kl_fused_large: chosen.terms.map(|(_, kl)| kl.forward.max(0.0)),
+            kl_large_fused: chosen.terms.map(|(_, kl)| kl.reverse.max(0.0)),
+            kl_expert_small: targets.iter().map(|kl| kl.forward.max(0.0)).collect(),
+            kl_small_expert: targets.iter().map(|kl| kl.reverse.max(0.0)).collect(),
+            ..Decision::default()
+        };
+        let base_logprob = logprob(base, sums.base.log_sum());
+        match models.base.0 {
+            Role::Large => {
+                decision.logprob_large = Some(base_logprob);
+                decision.argmax_large = Some(sums.base_top.token);
+            }
+            Role::Small => decision.logprob_small = Some(base_logprob),
+            Role::Expert(_) => {
+                decision.logprob_expert.push(base_logprob);
+                decision.argmax_expert.push(sums.base_top.token);
+            }
+        }
+        if let Some((small_lane, _)) = sums.targets.first() {
+            decision.logprob_small = Some(logprob(small, small_lane.log_sum()));
+            let experts = models.experts.iter().zip(&sums.targets);
+            let logprobs = experts.map(|(expert, (_, lane))| logprob(f64::from(expert[t]), lane.log_sum()));
+            decision.logprob_expert = logprobs.collect();
+            decision.argmax_expert = sums.expert_tops.iter().map(|top| top.token).collect();
+        }
+        Ok(decision)
+    }
+}
+
+/// The candidates of an expert under the dynamic rule.
+fn grid(rule: &FusionRule, expert: usize) -> &[f64] {
+    match rule {
+        FusionRule::Dynamic(rule) => rule.grid(expert).map_or(&[], |grid| grid.candidates()),
+        _ => &[],
+    }
+}
+
+/// Objective and mode: those of the dynamic rule, or the paper's.
+fn search_of(rule: &FusionRule) -> (Objective, SearchMode) {
+    match rule {
+        FusionRule::Dynamic(DynamicRule { objective, mode, .. }) => (*objective, *mode),
+        _ => Default::default(),
+    }
+}
+
+/// The grid's choice.
+fn picked(sums: &Sums, best: &Best, experts: usize, alpha: f64) -> Chosen {
+    Chosen {
+        expert: Some(best.expert),
+        alpha: one_hot(experts, best.expert, alpha),
+        terms: Some((best.loss, best.divergences)),
+        log_sum: sums.directions[best.expert].candidates[best.candidate].log_sum(),
+    }
+}
+
+/// The distribution at an α that was chosen before.
+fn measured(
+    rule: &FusionRule,
+    sums: &Sums,
+    targets: &[Divergences],
+    expert: Option<usize>,
+    alpha: PerExpert<f64>,
+) -> Chosen {
+    let (base, fused) = (&sums.directions[0].base, &sums.directions[0].candidates[0]);
+    let divergences = Divergences::new(base, fused, 1.0);
+    let loss = loss(search_of(rule).0, &divergences, targets);
+    Chosen { expert, alpha, terms: Some((loss, divergences)), log_sum: fused.log_sum() }
+}
+
+/// The continuous minimum on a fine ladder.
+fn zoomed(rule: &FusionRule, sums: &Sums, targets: &[Divergences], ladder: Ladder) -> Option<f64> {
+    let objective = search_of(rule).0;
+    let alpha: arrayvec::ArrayVec<f64, MAX_CANDIDATES> = (0..ladder.count).map(|k| ladder.alpha(k)).collect();
+    let best = choose(objective, &sums.directions, |_| &alpha, targets)?;
+    let direction = sums.directions.first()?;
+    Some(refine::interpolate(objective, direction, &alpha, targets, best.candidate)?.0)
+}
+
+/// Writes L + Σ α_t (E_t − S) in f32, −∞ where a model excludes the token, and returns the argmax.
+struct FusedRow<'a> {
+    models: &'a Models<'a>,
+    alpha: &'a [f64],
+    masked: bool,
+    fused: &'a mut [f32],
+}
+
+impl Kernel for FusedRow<'_> {
+    type Output = u32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> u32 {
+        let Self { models, alpha, masked, fused } = self;
+        fused.copy_from_slice(models.base.1);
+        for (expert, &alpha) in models.experts.iter().zip(alpha).filter(|&(_, &alpha)| alpha != 0.0) {
+            add_difference(simd, fused, alpha as f32, expert, models.small);
+        }
+        if masked {
+            for (token, x) in fused.iter_mut().enumerate() {
+                if models.excludes(token) {
+                    *x = f32::NEG_INFINITY;
+                }
+            }
+        }
+        let (vectors, rest) = fused.as_chunks();
+        let (top, _) = maximum(simd, vectors);
+        let top = rest.iter().copied().fold(top, f32::max);
+        fused.iter().position(|&x| x == top).unwrap_or(0) as u32
+    }
+}
+
+/// fused ← fused + α·(E − S), the product and the sum rounded once where the CPU has such an instruction.
+#[inline(always)]
+fn add_difference<S: Simd>(simd: S, fused: &mut [f32], alpha: f32, expert: &[f32], small: &[f32]) {
+    let alpha = simd.splat(alpha);
+    let add = |fused: &mut Vector, expert: &Vector, small: &Vector| {
+        let d = simd.sub(simd.load(expert), simd.load(small));
+        simd.store(simd.mul_add(alpha, d, simd.load(fused)), fused);
+    };
+    let (vectors, tail) = fused.as_chunks_mut();
+    let ((experts, expert_tail), (smalls, small_tail)) = (expert.as_chunks(), small.as_chunks());
+    for ((fused, expert), small) in vectors.iter_mut().zip(experts).zip(smalls) {
+        add(fused, expert, small);
+    }
+    let pad = |tail: &[f32]| {
+        let mut vector = [0.0; LANES];
+        vector[..tail.len()].copy_from_slice(tail);
+        vector
+    };
+    let mut last = pad(tail);
+    add(&mut last, &pad(expert_tail), &pad(small_tail));
+    tail.copy_from_slice(&last[..tail.len()]);
+}

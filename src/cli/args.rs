@@ -1,0 +1,313 @@
+//! The flags, as they are typed.
+
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+
+use crate::backend::Device;
+use crate::fusion::{AlphaGrid, Objective, SearchMode};
+
+/// Llama inference for ensembles: a large model steered by small experts, token by token.
+#[derive(Debug, Parser)]
+#[command(name = "dlf-engine", version, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Generate text with an ensemble (without models: the demo ensemble in the binary).
+    Generate(GenerateArgs),
+    /// Log-probabilities and α at every position of a text.
+    Score(ScoreArgs),
+    /// What models are, their memory, and whether they can form an ensemble.
+    Inspect(InspectArgs),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Models")]
+pub(crate) struct ModelArgs {
+    /// The model that is steered: a Hugging Face directory.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) large: Option<PathBuf>,
+    /// The small model that the experts were fine-tuned from.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) small: Option<PathBuf>,
+    /// An expert: a fine-tuned small model, or a PEFT LoRA adapter over it. May be given up to 8 times.
+    #[arg(long = "expert", value_name = "[NAME=]DIR")]
+    pub(crate) experts: Vec<String>,
+}
+
+/// The method, as it is typed: `expert` may name which.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Method {
+    Dynamic,
+    Static,
+    Large,
+    Small,
+    Expert(Option<String>),
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Fusion")]
+pub(crate) struct FusionArgs {
+    /// dynamic: α anew at each step by matching KL divergences; static: fixed α (proxy tuning); large, small,
+    /// expert[:NAME]: one model alone.
+    #[arg(long, default_value = "dynamic", value_name = "dynamic|static|large|small|expert", value_parser = method)]
+    pub(crate) method: Method,
+    /// α of the static method: one for all experts or one for each [default: 1].
+    #[arg(long, value_name = "A[,A…]", value_delimiter = ',', allow_hyphen_values = true)]
+    pub(crate) alpha: Vec<f64>,
+    /// Candidates of the dynamic method, at most 32: one grid for all experts or one for each
+    /// [default: 0:2:0.1, the twenty candidates 0.0, 0.1, … 1.9].
+    #[arg(long, value_name = "START:STOP:STEP[:inclusive]", value_delimiter = ',', value_parser = grid,
+          allow_hyphen_values = true)]
+    pub(crate) alpha_grid: Vec<AlphaGrid>,
+    /// Search for α at every N-th step and hold it in between.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) alpha_every: u32,
+    /// grid: the best candidate, as in the paper; refine: the continuous minimum around it.
+    #[arg(long, default_value = "grid", hide_possible_values = true, value_name = "grid|refine")]
+    pub(crate) search: Search,
+    /// The KL terms that are matched.
+    #[arg(long, default_value = "both", hide_possible_values = true, value_name = "both|forward|reverse")]
+    pub(crate) objective: ObjectiveName,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Search {
+    Grid,
+    Refine,
+}
+
+impl From<Search> for SearchMode {
+    fn from(search: Search) -> Self {
+        match search {
+            Search::Grid => Self::Grid,
+            Search::Refine => Self::Refine,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum ObjectiveName {
+    Both,
+    Forward,
+    Reverse,
+}
+
+impl From<ObjectiveName> for Objective {
+    fn from(name: ObjectiveName) -> Self {
+        match name {
+            ObjectiveName::Both => Self::Both,
+            ObjectiveName::Forward => Self::Forward,
+            ObjectiveName::Reverse => Self::Reverse,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub(crate) struct SamplingArgs {
+    /// Generate at most N tokens.
+    #[arg(long, short = 'n', value_name = "N", default_value = "128")]
+    pub(crate) max_new_tokens: usize,
+    /// Generate at least N tokens: no end token and no stop string before.
+    #[arg(long, value_name = "N", default_value = "0")]
+    pub(crate) min_new_tokens: usize,
+    /// 0 is greedy.
+    #[arg(long, value_name = "T", default_value = "0")]
+    pub(crate) temperature: f32,
+    /// Draw from the K most probable tokens; 0 is all.
+    #[arg(long, value_name = "K", default_value = "0")]
+    pub(crate) top_k: usize,
+    /// Draw from the smallest set of tokens whose probability reaches P.
+    #[arg(long, value_name = "P", default_value = "1")]
+    pub(crate) top_p: f32,
+    /// Draw from tokens at least P times as probable as the most probable one.
+    #[arg(long, value_name = "P", default_value = "0")]
+    pub(crate) min_p: f32,
+    /// Make tokens seen before less probable: 1 is off.
+    #[arg(long, value_name = "X", default_value = "1")]
+    pub(crate) repetition_penalty: f32,
+    /// Subtract X from the logits of tokens generated before.
+    #[arg(long, value_name = "X", default_value = "0", allow_hyphen_values = true)]
+    pub(crate) presence_penalty: f32,
+    /// Subtract X from the logits of tokens for every time they were generated before.
+    #[arg(long, value_name = "X", default_value = "0", allow_hyphen_values = true)]
+    pub(crate) frequency_penalty: f32,
+    /// Add X to the logit of token ID; -inf bans it. May be given several times.
+    #[arg(long, value_name = "ID=X", value_parser = bias, allow_hyphen_values = true)]
+    pub(crate) logit_bias: Vec<(u32, f32)>,
+    /// The same seed gives the same text.
+    #[arg(long, value_name = "N", default_value = "0")]
+    pub(crate) seed: u64,
+    /// End the text before this string. May be given several times.
+    #[arg(long, value_name = "S")]
+    pub(crate) stop: Vec<String>,
+    /// End the text at this token. May be given several times.
+    #[arg(long, value_name = "ID")]
+    pub(crate) stop_token_id: Vec<u32>,
+    /// Go on past end-of-sequence tokens.
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Running")]
+pub(crate) struct RunArgs {
+    /// Where to compute: auto, cpu, cuda or cuda:N.
+    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
+    pub(crate) device: Device,
+    /// Threads of the CPU backend [default: one a core].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) threads: Option<u16>,
+    /// Sequences decoded together.
+    #[arg(long, value_name = "N", default_value = "8", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub(crate) batch_size: u16,
+    /// Print one JSON object for each input line.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Write the JSON objects to a file instead of stdout.
+    #[arg(long, value_name = "F.jsonl")]
+    pub(crate) output: Option<PathBuf>,
+    /// Go on where a killed run stopped: keep the finished lines of --output (and of --trace), do the rest.
+    #[arg(long, requires = "output")]
+    pub(crate) resume: bool,
+    /// No progress bar, no colours, no closing line.
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("source").multiple(false))]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    pub(crate) models: ModelArgs,
+    /// The prompt.
+    #[arg(long, short, value_name = "T", group = "source")]
+    pub(crate) prompt: Option<String>,
+    /// A file with the prompt; - is stdin.
+    #[arg(long, value_name = "F", group = "source")]
+    pub(crate) prompt_file: Option<PathBuf>,
+    /// The prompt as token ids, taken as they are.
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',', group = "source")]
+    pub(crate) prompt_ids: Option<Vec<u32>>,
+    /// One prompt a line: {"prompt": …}, optionally with "prompts": {"large": …, "small": …, "expert": …, NAME: …}
+    /// for roles that have their own.
+    #[arg(long, value_name = "F.jsonl", group = "source")]
+    pub(crate) input: Option<PathBuf>,
+    /// Put the prompt through each model's chat template; models without one get it as it is.
+    #[arg(long)]
+    pub(crate) chat: bool,
+    #[command(flatten)]
+    pub(crate) fusion: FusionArgs,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    /// Write one JSON object for each token.
+    #[arg(long, value_name = "F.jsonl", help_heading = "Running")]
+    pub(crate) trace: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("source").required(true).multiple(false))]
+pub(crate) struct ScoreArgs {
+    #[command(flatten)]
+    pub(crate) models: ModelArgs,
+    /// The text.
+    #[arg(long, short, value_name = "T", group = "source")]
+    pub(crate) text: Option<String>,
+    /// The text as token ids, taken as they are.
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',', group = "source")]
+    pub(crate) ids: Option<Vec<u32>>,
+    /// One text a line: {"text": …}, optionally with "prompt" (or "prompts" by role), which is read before the text
+    /// and not scored.
+    #[arg(long, value_name = "F.jsonl", group = "source")]
+    pub(crate) input: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) fusion: FusionArgs,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// Model directories: the large one, the small one, then experts.
+    #[arg(required = true, value_name = "DIR")]
+    pub(crate) dirs: Vec<PathBuf>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn method(text: &str) -> Result<Method, String> {
+    match text.split_once(':') {
+        None => match text {
+            "dynamic" => Ok(Method::Dynamic),
+            "static" => Ok(Method::Static),
+            "large" => Ok(Method::Large),
+            "small" => Ok(Method::Small),
+            "expert" => Ok(Method::Expert(None)),
+            _ => Err("expected dynamic, static, large, small, expert or expert:NAME".to_owned()),
+        },
+        Some(("expert", name)) => Ok(Method::Expert(Some(name.to_owned()))),
+        Some(_) => Err("only expert takes a name".to_owned()),
+    }
+}
+
+fn grid(text: &str) -> Result<AlphaGrid, String> {
+    let (numbers, inclusive) = match text.strip_suffix(":inclusive") {
+        Some(numbers) => (numbers, true),
+        None => (text, false),
+    };
+    let bounds: Vec<f64> = numbers
+        .split(':')
+        .map(|n| n.parse().map_err(|_| format!("{n:?} is not a number; expected START:STOP:STEP[:inclusive]")))
+        .collect::<Result<_, _>>()?;
+    let [start, stop, step] = bounds[..] else {
+        return Err("expected START:STOP:STEP[:inclusive]".to_owned());
+    };
+    AlphaGrid::new(start, stop, step, inclusive).map_err(|error| error.to_string())
+}
+
+fn bias(text: &str) -> Result<(u32, f32), String> {
+    let parsed = text.split_once('=').and_then(|(id, x)| Some((id.parse().ok()?, x.parse().ok()?)));
+    parsed.ok_or_else(|| "expected ID=X, as in 42=-1.5".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn grids_are_parsed() {
+        assert_eq!(grid("0:2:0.1").unwrap(), AlphaGrid::default());
+        assert_eq!(grid("0:2:0.1:inclusive").unwrap().candidates().len(), 21);
+        assert_eq!(grid("-1:1:0.5:inclusive").unwrap().candidates(), [-1.0, -0.5, 0.0, 0.5, 1.0]);
+        for wrong in ["", "1", "0:2", "0:2:0", "0:2:x", "0:2:0.1:exclusive", "0:9:0.1", "2:0:0.1", "0:nan:1"] {
+            assert!(grid(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn methods_are_parsed() {
+        assert_eq!(method("expert:sums").unwrap(), Method::Expert(Some("sums".to_owned())));
+        assert!(method("large:x").is_err());
+        assert!(method("Dynamic").is_err());
+    }
+}

@@ -1,0 +1,307 @@
+//! `dlf-engine generate`.
+
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+use super::args::GenerateArgs;
+use super::color;
+use super::input::{Encoder, Item, Source, read_jsonl, read_text};
+use super::output::{InOrder, JsonLines};
+use super::record::TokenRecord;
+use crate::ensemble::Ensemble;
+use crate::error::Error;
+use crate::generate::{FinishReason, Request, Step, StepTime};
+
+/// What the demo ensemble is asked where nobody asks anything.
+const DEMO_PROMPT: &str = crate::demo::PROMPT;
+
+pub(super) fn run(args: &GenerateArgs) -> Result<ExitCode> {
+    let items = items(args)?;
+    let ensemble = Arc::new(args.models.load(&args.fusion.method)?);
+    let rule = args.fusion.rule(&ensemble)?;
+    let encoder = Encoder { ensemble: &ensemble, chat: args.chat };
+    encoder.check_chat()?;
+
+    let many = args.input.is_some();
+    let mut requests = Vec::with_capacity(items.len());
+    for (index, item) in items.iter().enumerate() {
+        let prompts = encoder.prompts(item).with_context(|| place(many, index))?;
+        requests.push(args.sampling.request(prompts, &rule)?);
+    }
+    let mut view = View::open(args, &ensemble, &items)?;
+    let done = view.done;
+    let mut generator = args.run.generator(Arc::clone(&ensemble), &requests)?;
+    let prompt_tokens: Vec<usize> = requests.iter().map(prompt_tokens).collect();
+    for (index, request) in requests.into_iter().enumerate().skip(done) {
+        generator.push(request).with_context(|| place(many, index))?;
+    }
+    let mut runs: Vec<Run> = prompt_tokens.into_iter().map(Run::new).collect();
+    for step in generator {
+        match step {
+            Ok(mut step) => {
+                step.request += done;
+                view.step(&mut runs, step)?;
+            }
+            Err(Error::Request { request, source }) => {
+                let index = request + done;
+                runs[index].failure = Some(source.to_string());
+                view.finish(&mut runs, index)?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    view.close(&runs)
+}
+
+fn items(args: &GenerateArgs) -> Result<Vec<Item>> {
+    let one = |source| vec![Item { prompt: Some(source), ..Item::default() }];
+    if let Some(path) = &args.input {
+        return read_jsonl(path, "prompt");
+    }
+    Ok(one(match (&args.prompt, &args.prompt_file, &args.prompt_ids) {
+        (Some(text), _, _) => Source::Text(text.clone()),
+        (_, Some(path), _) => Source::Text(read_text(path)?),
+        (_, _, Some(ids)) => Source::Ids(ids.clone()),
+        _ if args.models.is_demo() => Source::Text(DEMO_PROMPT.to_owned()),
+        _ => bail!("give a prompt: --prompt, --prompt-file, --prompt-ids or --input"),
+    }))
+}
+
+fn place(many: bool, index: usize) -> String {
+    if many { format!("prompt {index}") } else { "prompt".to_owned() }
+}
+
+fn prompt_tokens(request: &Request) -> usize {
+    request.prompts.first().map_or(0, Vec::len)
+}
+
+/// One prompt's result so far.
+struct Run {
+    prompt_tokens: usize,
+    steps: Vec<Step>,
+    text: String,
+    finish: Option<FinishReason>,
+    time: StepTime,
+    failure: Option<String>,
+}
+
+impl Run {
+    fn new(prompt_tokens: usize) -> Self {
+        let time = StepTime::default();
+        Self { prompt_tokens, steps: Vec::new(), text: String::new(), finish: None, time, failure: None }
+    }
+
+    fn add(&mut self, step: Step) {
+        self.text.push_str(&step.text);
+        self.finish = step.finish;
+        self.time.large += step.time.large;
+        self.time.small += step.time.small;
+        self.time.fusion += step.time.fusion;
+        self.steps.push(step);
+    }
+
+    fn to_json(&self, item: &Item) -> Value {
+        let prompt = match &item.prompt {
+            Some(prompt) => prompt.to_json(),
+            None => item.prompts.iter().map(|(role, p)| (role.clone(), p.to_json())).collect(),
+        };
+        if let Some(failure) = &self.failure {
+            return json!({ "prompt": prompt, "error": failure });
+        }
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        let (tokens, total) = (self.steps.len(), self.time.total());
+        json!({
+            "prompt": prompt,
+            "text": self.text,
+            "token_ids": self.steps.iter().map(|step| step.token).collect::<Vec<_>>(),
+            "finish_reason": self.finish.map(FinishReason::as_str),
+            "usage": {
+                "prompt_tokens": self.prompt_tokens,
+                "completion_tokens": tokens,
+                "total_tokens": self.prompt_tokens + tokens,
+            },
+            "timings": {
+                "total_ms": ms(total),
+                "large_ms": ms(self.time.large),
+                "small_ms": ms(self.time.small),
+                "fusion_ms": ms(self.time.fusion),
+                "tokens_per_second": tokens as f64 / total.as_secs_f64().max(1e-9),
+            },
+        })
+    }
+}
+
+/// Where results go while they come.
+struct View<'a> {
+    ensemble: &'a Ensemble,
+    items: &'a [Item],
+    json: Option<JsonLines>,
+    trace: Option<JsonLines>,
+    order: InOrder<usize>,
+    /// Prompts that an earlier run has finished.
+    done: usize,
+    /// How much of the prompt whose turn it is has been shown.
+    shown: usize,
+    color: bool,
+    closing_line: bool,
+    progress: ProgressBar,
+    started: Instant,
+    failed: bool,
+}
+
+impl<'a> View<'a> {
+    fn open(args: &GenerateArgs, ensemble: &'a Ensemble, items: &'a [Item]) -> Result<Self> {
+        let mut done = 0;
+        let json = match &args.run.output {
+            Some(path) if args.run.resume => {
+                let (lines, kept) = JsonLines::resume(path, |_| true)?;
+                done = kept;
+                Some(lines)
+            }
+            Some(path) => Some(JsonLines::create(path)?),
+            None if args.run.json => Some(JsonLines::stdout()),
+            None => None,
+        };
+        if done > items.len() {
+            bail!("--resume: the output has {done} lines, the input only {}", items.len());
+        }
+        let trace = match &args.trace {
+            Some(path) if args.run.resume => {
+                let of_done = |line: &Value| line["prompt_index"].as_u64().is_some_and(|i| i < done as u64);
+                Some(JsonLines::resume(path, of_done)?.0)
+            }
+            Some(path) => Some(JsonLines::create(path)?),
+            None => None,
+        };
+        let progress = if items.len() > 1 && !args.run.quiet && (json.is_none() || args.run.output.is_some()) {
+            progress_bar(items.len())?
+        } else {
+            ProgressBar::hidden()
+        };
+        progress.set_position(done as u64);
+        let text = json.is_none();
+        Ok(Self {
+            ensemble,
+            items,
+            json,
+            trace,
+            order: InOrder::from(done),
+            done,
+            shown: 0,
+            color: text && !args.run.quiet && color::enabled(),
+            closing_line: text && !args.run.quiet && io::stdout().is_terminal(),
+            progress,
+            started: Instant::now(),
+            failed: false,
+        })
+    }
+
+    /// Takes a step in; shows it if its prompt's turn has come.
+    fn step(&mut self, runs: &mut [Run], step: Step) -> Result<()> {
+        let (index, finished) = (step.request, step.finish.is_some());
+        runs[index].add(step);
+        if index == self.order.turn() {
+            self.show(&runs[index], index)?;
+        }
+        if finished { self.finish(runs, index) } else { Ok(()) }
+    }
+
+    /// Ends a prompt, and shows all results whose turn has come.
+    fn finish(&mut self, runs: &mut [Run], index: usize) -> Result<()> {
+        for index in self.order.push(index, index) {
+            self.show(&runs[index], index)?;
+            self.shown = 0;
+            self.failed |= runs[index].failure.is_some();
+            if let Some(failure) = &runs[index].failure {
+                writeln!(io::stderr(), "error: {}: {failure}", place(self.items.len() > 1, index))?;
+            }
+            match &mut self.json {
+                Some(json) => json.write(&runs[index].to_json(&self.items[index]))?,
+                None => print("\n")?,
+            }
+            self.progress.inc(1);
+        }
+        // What has begun of the next one, whose turn it is now.
+        let turn = self.order.turn();
+        if let Some(run) = runs.get(turn) { self.show(run, turn) } else { Ok(()) }
+    }
+
+    /// Shows what is new of the prompt whose turn it is.
+    fn show(&mut self, run: &Run, index: usize) -> Result<()> {
+        for step in &run.steps[self.shown..] {
+            if let Some(trace) = &mut self.trace {
+                trace.write(&TokenRecord::new(index, step, self.ensemble))?;
+            }
+            if self.json.is_none() {
+                self.progress.suspend(|| print(&self.token(step)))?;
+            }
+        }
+        self.shown = run.steps.len();
+        Ok(())
+    }
+
+    fn token(&self, step: &Step) -> String {
+        if self.ensemble.tokenizer_of_any().is_none() {
+            return format!("{}{}", if step.index == 0 { "" } else { " " }, step.token);
+        }
+        match (self.color, alpha(step)) {
+            (true, Some(alpha)) => color::by_alpha(&step.text, alpha),
+            _ => step.text.clone(),
+        }
+    }
+
+    fn close(self, runs: &[Run]) -> Result<ExitCode> {
+        self.progress.finish_and_clear();
+        if self.closing_line {
+            let mut stderr = io::stderr().lock();
+            writeln!(stderr, "{}", closing_line(runs, self.started.elapsed(), self.color))?;
+        }
+        Ok(if self.failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    }
+}
+
+/// α of the step, summed over the experts; `None` where the method has none.
+fn alpha(step: &Step) -> Option<f64> {
+    (!step.decision.alpha.is_empty()).then(|| step.decision.alpha.iter().sum())
+}
+
+fn closing_line(runs: &[Run], elapsed: Duration, color: bool) -> String {
+    let tokens: usize = runs.iter().map(|run| run.steps.len()).sum();
+    let each = |time: fn(&StepTime) -> Duration| {
+        let total: Duration = runs.iter().map(|run| time(&run.time)).sum();
+        total.as_secs_f64() * 1e3 / tokens.max(1) as f64
+    };
+    let (large, small, fusion) = (each(|t| t.large), each(|t| t.small), each(|t| t.fusion));
+    let mut parts = vec![
+        format!("{:.1} tokens/s", tokens as f64 / elapsed.as_secs_f64().max(1e-9)),
+        format!("{:.2} ms/token", large + small + fusion),
+    ];
+    for (name, ms) in [("large", large), ("small and experts", small), ("fusion", fusion)] {
+        if ms > 0.0 {
+            parts.push(format!("{name} {ms:.2}"));
+        }
+    }
+    let alphas: Vec<f64> = runs.iter().flat_map(|run| &run.steps).filter_map(alpha).collect();
+    if !alphas.is_empty() {
+        parts.push(format!("mean α {:.2}", alphas.iter().sum::<f64>() / alphas.len() as f64));
+    }
+    let line = parts.join(" · ");
+    if color && !alphas.is_empty() { format!("{line}   α: {}", color::legend()) } else { line }
+}
+
+/// A bar on stderr, which indicatif hides where that is no terminal.
+pub(super) fn progress_bar(prompts: usize) -> Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} · {elapsed} · {eta} left")?;
+    Ok(ProgressBar::new(prompts as u64).with_style(style))
+}
+
+fn print(text: &str) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("stdout")
+}

@@ -1,0 +1,214 @@
+//! Prompts and texts: from flags, files and JSONL to token ids for every role.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::ensemble::Ensemble;
+use crate::model::Role;
+use crate::tokenizer::{Message, Tokenizer};
+
+/// A text, or ids that are taken as they are.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Source {
+    Text(String),
+    Ids(Vec<u32>),
+}
+
+impl Source {
+    /// As `--json` shows it.
+    pub(crate) fn to_json(&self) -> Value {
+        match self {
+            Self::Text(text) => Value::from(text.as_str()),
+            Self::Ids(ids) => Value::from(ids.as_slice()),
+        }
+    }
+}
+
+/// One line of input.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Item {
+    /// For all roles that don't have their own.
+    pub(crate) prompt: Option<Source>,
+    /// By role or expert name: `large`, `small`, `expert` for every expert, or a name.
+    pub(crate) prompts: Vec<(String, Source)>,
+    /// What `score` scores.
+    pub(crate) text: Option<Source>,
+}
+
+/// Reads JSONL; `-` is stdin. Blank lines are passed over. Lines may hold other fields.
+pub(crate) fn read_jsonl(path: &Path, required: &str) -> Result<Vec<Item>> {
+    let name = path.display();
+    let reader: Box<dyn BufRead> = if path.as_os_str() == "-" {
+        Box::new(std::io::stdin().lock())
+    } else {
+        Box::new(BufReader::new(File::open(path).with_context(|| name.to_string())?))
+    };
+    let mut items = Vec::new();
+    for (number, line) in reader.lines().enumerate() {
+        let number = number + 1;
+        let line = line.with_context(|| format!("{name}:{number}"))?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        let item = parse_line(&line, required).with_context(|| format!("{name}:{number}"))?;
+        items.push(item);
+    }
+    if items.is_empty() {
+        bail!("{name}: no lines of input");
+    }
+    Ok(items)
+}
+
+fn parse_line(line: &str, required: &str) -> Result<Item> {
+    let Value::Object(mut object) = serde_json::from_str(line)? else {
+        bail!("expected an object like {{\"{required}\": …}}");
+    };
+    let mut take = |key: &str| object.remove(key).map(|v| source(key, v)).transpose();
+    let (prompt, text) = (take("prompt")?, take("text")?);
+    let mut prompts = Vec::new();
+    match object.remove("prompts") {
+        None => {}
+        Some(Value::Object(roles)) => {
+            for (role, value) in roles {
+                let value = source(&role, value)?;
+                prompts.push((role, value));
+            }
+        }
+        Some(other) => bail!("`prompts`: expected an object of prompts by role, found {other}"),
+    }
+    let item = Item { prompt, prompts, text };
+    match required {
+        "text" if item.text.is_none() => bail!("no field `text`"),
+        "prompt" if item.prompt.is_none() && item.prompts.is_empty() => bail!("no field `prompt`"),
+        _ => Ok(item),
+    }
+}
+
+fn source(field: &str, value: Value) -> Result<Source> {
+    match value {
+        Value::String(text) => Ok(Source::Text(text)),
+        Value::Array(ids) => {
+            let id = |v: Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
+            let ids: Option<Vec<u32>> = ids.into_iter().map(id).collect();
+            Ok(Source::Ids(ids.with_context(|| format!("`{field}`: expected token ids"))?))
+        }
+        other => bail!("`{field}`: expected a string or a list of token ids, found {other}"),
+    }
+}
+
+/// A file's text; `-` is stdin.
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    if path.as_os_str() == "-" {
+        let mut text = String::new();
+        std::io::stdin().lock().read_to_string(&mut text).context("stdin")?;
+        return Ok(text);
+    }
+    std::fs::read_to_string(path).with_context(|| path.display().to_string())
+}
+
+/// Turns sources into ids, role by role.
+pub(crate) struct Encoder<'a> {
+    pub(crate) ensemble: &'a Ensemble,
+    /// Whether prompts go through chat templates.
+    pub(crate) chat: bool,
+}
+
+impl Encoder<'_> {
+    /// The prompt of every model, indexed like [`Ensemble::models`].
+    pub(crate) fn prompts(&self, item: &Item) -> Result<Vec<Vec<u32>>> {
+        for (name, _) in &item.prompts {
+            if !self.ensemble.models().iter().any(|model| names(model.role, &model.name).contains(&name.as_str())) {
+                bail!("`prompts`: there is no model {name:?} in this ensemble");
+            }
+        }
+        (0..self.ensemble.models().len()).map(|model| self.prompt(item, model)).collect()
+    }
+
+    fn prompt(&self, item: &Item, model: usize) -> Result<Vec<u32>> {
+        let entry = &self.ensemble.models()[model];
+        let own = names(entry.role, &entry.name)
+            .into_iter()
+            .find_map(|name| item.prompts.iter().find(|(role, _)| role == name).map(|(_, source)| source));
+        match own.or(item.prompt.as_ref()) {
+            None => bail!("no prompt for the {} model", entry.role),
+            Some(Source::Ids(ids)) => Ok(ids.clone()),
+            Some(Source::Text(text)) => {
+                let tokenizer = self.tokenizer(model)?;
+                if self.chat && self.has_template(model) {
+                    let text = tokenizer.apply_chat_template(entry.role, &[Message::user(text)])?;
+                    return Ok(tokenizer.encode(&text, false)?);
+                }
+                Ok(tokenizer.encode(text, true)?)
+            }
+        }
+    }
+
+    /// The ids of a text to score, which follow a prompt or begin the sequence.
+    pub(crate) fn text(&self, source: &Source, begins: bool) -> Result<Vec<u32>> {
+        match source {
+            Source::Ids(ids) => Ok(ids.clone()),
+            Source::Text(text) => Ok(self.tokenizer(0)?.encode(text, begins)?),
+        }
+    }
+
+    /// Fails where `--chat` would change nothing.
+    pub(crate) fn check_chat(&self) -> Result<()> {
+        if self.chat && !(0..self.ensemble.models().len()).any(|model| self.has_template(model)) {
+            bail!("--chat: none of the models has a chat template");
+        }
+        Ok(())
+    }
+
+    fn has_template(&self, model: usize) -> bool {
+        self.ensemble.tokenizer(model).is_some_and(Tokenizer::has_chat_template)
+    }
+
+    /// The model's own tokenizer, or that of another model: the ids mean the same.
+    fn tokenizer(&self, model: usize) -> Result<&Tokenizer> {
+        let any = || (0..self.ensemble.models().len()).find_map(|model| self.ensemble.tokenizer(model));
+        let entry = &self.ensemble.models()[model];
+        let tokenizer = self.ensemble.tokenizer(model).or_else(any);
+        Ok(tokenizer
+            .ok_or_else(|| crate::Error::NoTokenizer { role: entry.role, path: entry.path.clone() })?)
+    }
+}
+
+/// What a model may be called in `prompts`, the most special name first.
+fn names(role: Role, name: &str) -> Vec<&str> {
+    match role {
+        Role::Large => vec!["large"],
+        Role::Small => vec!["small"],
+        Role::Expert(_) => vec![name, "expert"],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_may_have_prompts_by_role() {
+        let item = parse_line(r#"{"prompt": "a", "prompts": {"expert": [1, 2]}, "id": 7}"#, "prompt").unwrap();
+        assert_eq!(item.prompt, Some(Source::Text("a".to_owned())));
+        assert_eq!(item.prompts, [("expert".to_owned(), Source::Ids(vec![1, 2]))]);
+    }
+
+    #[test]
+    fn wrong_lines_are_named() {
+        for (line, says) in [
+            ("[]", "expected an object"),
+            ("{\"prompt\": 3}", "`prompt`"),
+            ("{\"prompt\": [1, -1]}", "token ids"),
+            ("{\"text\": \"a\"}", "no field `prompt`"),
+            ("{\"prompt\": \"a\", \"prompts\": []}", "by role"),
+            ("{", "EOF"),
+        ] {
+            let error = format!("{:#}", parse_line(line, "prompt").unwrap_err());
+            assert!(error.contains(says), "{line}: {error}");
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! The record of one token: a line of a trace, an entry of a score.
+
+use serde::Serialize;
+
+use crate::ensemble::Ensemble;
+use crate::generate::Step;
+
+/// What is known of one decided token. Arrays have one entry an expert; what the method doesn't compute is null or
+/// an empty array.
+#[derive(Debug, Serialize)]
+pub(crate) struct TokenRecord<'a> {
+    prompt_index: usize,
+    step: usize,
+    token_id: u32,
+    text: &'a str,
+    /// The name of the active expert.
+    expert: Option<&'a str>,
+    alpha: &'a [f64],
+    loss: Option<f64>,
+    kl_fused_large: Option<f64>,
+    kl_large_fused: Option<f64>,
+    kl_expert_small: &'a [f64],
+    kl_small_expert: &'a [f64],
+    logprob_fused: f64,
+    logprob_large: Option<f64>,
+    logprob_small: Option<f64>,
+    logprob_expert: &'a [f64],
+    argmax_large: Option<u32>,
+    argmax_expert: &'a [u32],
+    changed: Option<bool>,
+    ms: f64,
+}
+
+impl<'a> TokenRecord<'a> {
+    pub(crate) fn new(prompt_index: usize, step: &'a Step, ensemble: &'a Ensemble) -> Self {
+        let decision = &step.decision;
+        Self {
+            prompt_index,
+            step: step.index,
+            token_id: step.token,
+            text: &step.piece,
+            expert: decision.expert.and_then(|t| ensemble.expert_name(t)),
+            alpha: &decision.alpha,
+            loss: decision.loss,
+            kl_fused_large: decision.kl_fused_large,
+            kl_large_fused: decision.kl_large_fused,
+            kl_expert_small: &decision.kl_expert_small,
+            kl_small_expert: &decision.kl_small_expert,
+            logprob_fused: decision.logprob_fused,
+            logprob_large: decision.logprob_large,
+            logprob_small: decision.logprob_small,
+            logprob_expert: &decision.logprob_expert,
+            argmax_large: decision.argmax_large,
+            argmax_expert: &decision.argmax_expert,
+            changed: decision.changed(),
+            ms: step.time.total().as_secs_f64() * 1e3,
+        }
+    }
+}

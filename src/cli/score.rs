@@ -1,0 +1,199 @@
+//! `dlf-engine score`.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::args::ScoreArgs;
+use super::generate::progress_bar;
+use super::input::{Encoder, Item, Source, read_jsonl};
+use super::output::{InOrder, JsonLines};
+use super::record::TokenRecord;
+use crate::ensemble::Ensemble;
+use crate::error::Error;
+use crate::generate::{Request, Step};
+
+pub(super) fn run(args: &ScoreArgs) -> Result<ExitCode> {
+    let items = items(args)?;
+    let ensemble = Arc::new(args.models.load(&args.fusion.method)?);
+    let rule = args.fusion.rule(&ensemble)?;
+    let encoder = Encoder { ensemble: &ensemble, chat: false };
+    let mut texts = Vec::with_capacity(items.len());
+    for (index, item) in items.iter().enumerate() {
+        texts.push(Text::new(&encoder, item).with_context(|| format!("text {index}"))?);
+    }
+
+    let mut out = Output::open(args, &ensemble, &texts)?;
+    let requests: Vec<Request> = texts.iter().map(|text| text.request().rule(rule.clone())).collect();
+    let mut generator = args.run.generator(Arc::clone(&ensemble), &requests)?;
+    // Which text each request is: a text of one id has no position to score.
+    let mut numbers = Vec::new();
+    for (index, request) in requests.into_iter().enumerate().skip(out.order.turn()) {
+        if request.forced.is_empty() {
+            check_ids(&ensemble, &request)?;
+            out.finish(index, Vec::new(), None)?;
+            continue;
+        }
+        generator.push(request).with_context(|| format!("text {index}"))?;
+        numbers.push(index);
+    }
+    let mut steps: Vec<Vec<Step>> = numbers.iter().map(|_| Vec::new()).collect();
+    for step in generator {
+        match step {
+            Ok(step) => {
+                let (request, finished) = (step.request, step.finish.is_some());
+                steps[request].push(step);
+                if finished {
+                    out.finish(numbers[request], std::mem::take(&mut steps[request]), None)?;
+                }
+            }
+            Err(Error::Request { request, source }) => {
+                out.finish(numbers[request], Vec::new(), Some(source.to_string()))?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    out.progress.finish_and_clear();
+    Ok(if out.failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn items(args: &ScoreArgs) -> Result<Vec<Item>> {
+    let one = |source| vec![Item { text: Some(source), ..Item::default() }];
+    Ok(match (&args.text, &args.ids, &args.input) {
+        (Some(text), _, _) => one(Source::Text(text.clone())),
+        (_, Some(ids), _) => one(Source::Ids(ids.clone())),
+        (_, _, Some(path)) => read_jsonl(path, "text")?,
+        _ => bail!("give a text: --text, --ids or --input"),
+    })
+}
+
+fn check_ids(ensemble: &Ensemble, request: &Request) -> Result<(), Error> {
+    let (vocab_size, ids) = (ensemble.vocab_size(), request.prompts.iter().flatten());
+    let role = ensemble.models()[0].role;
+    ids.copied()
+        .find(|&id| id as usize >= vocab_size)
+        .map_or(Ok(()), |id| Err(Error::TokenOutOfRange { role, id, vocab_size }))
+}
+
+/// A text as ids: what each model reads first, and what is scored.
+struct Text {
+    prompts: Vec<Vec<u32>>,
+    scored: Vec<u32>,
+    /// Whether the first prompt's only id belongs to the text: a text without a prompt.
+    begins: bool,
+}
+
+impl Text {
+    fn new(encoder: &Encoder<'_>, item: &Item) -> Result<Self> {
+        let begins = item.prompt.is_none() && item.prompts.is_empty();
+        let mut ids = match &item.text {
+            Some(text) => encoder.text(text, begins)?,
+            None => bail!("no text"),
+        };
+        if ids.is_empty() {
+            bail!("the text is empty");
+        }
+        if begins {
+            let scored = ids.split_off(1);
+            return Ok(Self { prompts: vec![ids], scored, begins });
+        }
+        Ok(Self { prompts: encoder.prompts(item)?, scored: ids, begins })
+    }
+
+    fn request(&self) -> Request {
+        Request { prompts: self.prompts.clone(), forced: self.scored.clone(), ..Request::score(Vec::new()) }
+    }
+
+    /// All ids of the text, that of its first position included.
+    fn ids(&self) -> Vec<u32> {
+        let first = if self.begins { self.prompts.concat() } else { Vec::new() };
+        first.into_iter().chain(self.scored.iter().copied()).collect()
+    }
+}
+
+#[derive(Serialize)]
+struct Scored<'a> {
+    ids: Vec<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<&'a str>,
+    tokens: Vec<TokenRecord<'a>>,
+    sum_logprob_fused: Option<f64>,
+}
+
+/// Where results go, in the order of the input.
+struct Output<'a> {
+    ensemble: &'a Ensemble,
+    texts: &'a [Text],
+    json: Option<JsonLines>,
+    order: InOrder<(usize, Vec<Step>, Option<String>)>,
+    progress: indicatif::ProgressBar,
+    failed: bool,
+}
+
+impl<'a> Output<'a> {
+    fn open(args: &ScoreArgs, ensemble: &'a Ensemble, texts: &'a [Text]) -> Result<Self> {
+        let (json, done) = match &args.run.output {
+            Some(path) if args.run.resume => {
+                let (lines, kept) = JsonLines::resume(path, |_: &Value| true)?;
+                (Some(lines), kept)
+            }
+            Some(path) => (Some(JsonLines::create(path)?), 0),
+            None => (args.run.json.then(JsonLines::stdout), 0),
+        };
+        if done > texts.len() {
+            bail!("--resume: the output has {done} lines, the input only {}", texts.len());
+        }
+        let to_file = args.run.output.is_some();
+        let progress = if texts.len() > 1 && !args.run.quiet && to_file {
+            progress_bar(texts.len())?
+        } else {
+            indicatif::ProgressBar::hidden()
+        };
+        progress.set_position(done as u64);
+        Ok(Self { ensemble, texts, json, order: InOrder::from(done), progress, failed: false })
+    }
+
+    fn finish(&mut self, index: usize, steps: Vec<Step>, failure: Option<String>) -> Result<()> {
+        for (index, steps, failure) in self.order.push(index, (index, steps, failure)) {
+            if let Some(failure) = &failure {
+                self.failed = true;
+                writeln!(io::stderr(), "error: text {index}: {failure}")?;
+            }
+            let scored = Scored {
+                ids: self.texts[index].ids(),
+                error: failure.as_deref(),
+                tokens: steps.iter().map(|step| TokenRecord::new(index, step, self.ensemble)).collect(),
+                sum_logprob_fused: failure
+                    .is_none()
+                    .then(|| steps.iter().map(|step| step.decision.logprob_fused).sum()),
+            };
+            match &mut self.json {
+                Some(json) => json.write(&scored)?,
+                None => io::stdout().lock().write_all(table(&steps).as_bytes()).context("stdout")?,
+            }
+            self.progress.inc(1);
+        }
+        Ok(())
+    }
+}
+
+/// One line a token, and the sum.
+fn table(steps: &[Step]) -> String {
+    let mut text = format!("{:>6} {:>8} {:>6} {:>10} {:>10}  text\n", "step", "token", "α", "log P̃", "log P");
+    for step in steps {
+        let decision = &step.decision;
+        let alpha = if decision.alpha.is_empty() { "-".into() } else { format!("{:.2}", decision.alpha.iter().sum::<f64>()) };
+        let large = decision.logprob_large.map_or("-".to_owned(), |logprob| format!("{logprob:.4}"));
+        text.push_str(&format!(
+            "{:>6} {:>8} {alpha:>6} {:>10.4} {large:>10}  {:?}\n",
+            step.index, step.token, decision.logprob_fused, step.piece
+        ));
+    }
+    let sum: f64 = steps.iter().map(|step| step.decision.logprob_fused).sum();
+    text.push_str(&format!("sum of log P̃ over {} tokens: {sum:.4}\n", steps.len()));
+    text
+}

@@ -1,0 +1,157 @@
+//! From flags to an ensemble, a rule, and a backend.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+
+use super::args::{FusionArgs, Method, ModelArgs, RunArgs, SamplingArgs};
+use crate::backend::{BackendOptions, Limits};
+use crate::ensemble::{Ensemble, EnsembleSpec, ExpertSpec};
+use crate::fusion::{DynamicRule, FusionRule, PerExpert};
+use crate::generate::{Generator, Request, blocks_needed};
+use crate::model::MAX_EXPERTS;
+use crate::sampling::SamplingParams;
+
+impl ModelArgs {
+    /// Whether no model is named, and the demo ensemble is meant.
+    pub(crate) fn is_demo(&self) -> bool {
+        self.large.is_none() && self.small.is_none() && self.experts.is_empty()
+    }
+
+    /// Loads the models that `method` uses.
+    pub(crate) fn load(&self, method: &Method) -> Result<Ensemble> {
+        let mut spec = if self.is_demo() { return Ok(Ensemble::demo()?) } else { self.spec()? };
+        match method {
+            Method::Dynamic | Method::Static => {}
+            Method::Large => spec = EnsembleSpec { large: spec.large, ..EnsembleSpec::default() },
+            Method::Small => spec = EnsembleSpec { small: spec.small, ..EnsembleSpec::default() },
+            // A LoRA expert needs the small model's weights.
+            Method::Expert(_) => spec.large = None,
+        }
+        Ok(Ensemble::load(&spec)?)
+    }
+
+    fn spec(&self) -> Result<EnsembleSpec> {
+        if self.experts.len() > MAX_EXPERTS {
+            bail!("--expert: at most {MAX_EXPERTS} experts, found {}", self.experts.len());
+        }
+        let experts = self.experts.iter().map(|text| expert(text)).collect();
+        Ok(EnsembleSpec { large: self.large.clone(), small: self.small.clone(), experts })
+    }
+}
+
+/// `[NAME=]DIR`. A directory that exists under the whole text is taken first: its name may hold `=`.
+fn expert(text: &str) -> ExpertSpec {
+    match text.split_once('=') {
+        Some((name, path)) if !name.is_empty() && !PathBuf::from(text).exists() => {
+            ExpertSpec { name: Some(name.to_owned()), path: path.into() }
+        }
+        _ => ExpertSpec { name: None, path: text.into() },
+    }
+}
+
+impl FusionArgs {
+    /// The rule for an ensemble.
+    pub(crate) fn rule(&self, ensemble: &Ensemble) -> Result<FusionRule> {
+        let rule = match &self.method {
+            Method::Dynamic => {
+                let mut rule = DynamicRule {
+                    mode: self.search.into(),
+                    objective: self.objective.into(),
+                    every: self.alpha_every as usize,
+                    ..DynamicRule::default()
+                };
+                if !self.alpha_grid.is_empty() {
+                    rule.grids = per_expert(&self.alpha_grid).context("--alpha-grid")?;
+                }
+                FusionRule::Dynamic(rule)
+            }
+            Method::Static if self.alpha.is_empty() => FusionRule::Static(std::iter::once(1.0).collect()),
+            Method::Static => FusionRule::Static(per_expert(&self.alpha).context("--alpha")?),
+            Method::Large => FusionRule::Large,
+            Method::Small => FusionRule::Small,
+            Method::Expert(None) => FusionRule::Expert(0),
+            Method::Expert(Some(name)) => {
+                let names: Vec<&str> = (0..).map_while(|t| ensemble.expert_name(t)).collect();
+                let found = names.iter().position(|known| known == name);
+                FusionRule::Expert(found.with_context(|| {
+                    format!("--method expert:{name}: the experts are {}", names.join(", "))
+                })?)
+            }
+        };
+        ensemble.check_rule(&rule)?;
+        Ok(rule)
+    }
+}
+
+fn per_expert<T: Clone>(values: &[T]) -> Result<PerExpert<T>> {
+    if values.len() > MAX_EXPERTS {
+        bail!("at most {MAX_EXPERTS} values, found {}", values.len());
+    }
+    Ok(values.iter().cloned().collect())
+}
+
+impl SamplingArgs {
+    /// The sampler's parameters, validated.
+    pub(crate) fn params(&self) -> Result<SamplingParams> {
+        let params = SamplingParams {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: self.logit_bias.clone(),
+            seed: self.seed,
+        };
+        params.validate()?;
+        Ok(params)
+    }
+
+    /// A request with these parameters.
+    pub(crate) fn request(&self, prompts: Vec<Vec<u32>>, rule: &FusionRule) -> Result<Request> {
+        Ok(Request {
+            prompts,
+            forced: Vec::new(),
+            rule: rule.clone(),
+            sampling: self.params()?,
+            max_new_tokens: self.max_new_tokens,
+            min_new_tokens: self.min_new_tokens,
+            stop_strings: self.stop.clone(),
+            stop_token_ids: self.stop_token_id.clone(),
+            ignore_eos: self.ignore_eos,
+        })
+    }
+}
+
+impl RunArgs {
+    /// A generator whose cache holds the longest of `requests` at least `batch_size` times.
+    pub(crate) fn generator(&self, ensemble: Arc<Ensemble>, requests: &[Request]) -> Result<Generator> {
+        let context = (0..ensemble.models().len()).map(|model| ensemble.context(model)).max().unwrap_or(1);
+        let length = |request: &Request| {
+            let prompt = request.prompts.iter().map(Vec::len).max().unwrap_or(0);
+            prompt.saturating_add(request.forced.len()).saturating_add(request.max_new_tokens).min(context + 1)
+        };
+        let longest = requests.iter().map(length).max().unwrap_or(1);
+        let sequences = requests.len().clamp(1, self.batch_size.into());
+        let limits = Limits::for_vocabulary(ensemble.vocab_size(), sequences, blocks_needed(sequences, longest));
+        let options = BackendOptions { device: self.device, threads: self.threads.map(usize::from), limits };
+        Ok(Generator::new(Arc::clone(&ensemble), options.open(ensemble)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_expert_may_have_a_name() {
+        let named = expert("sums=models/sums");
+        assert_eq!((named.name.as_deref(), named.path), (Some("sums"), "models/sums".into()));
+        let plain = expert("models/sums");
+        assert_eq!((plain.name, plain.path), (None, "models/sums".into()));
+        assert_eq!(expert("=x").name, None);
+    }
+}

@@ -1,0 +1,198 @@
+//! The `Generator` on a backend that plays a script: scheduling, prefix sharing, limits, stops.
+
+#[path = "support/scripted.rs"]
+mod scripted;
+#[path = "support/tiny.rs"]
+mod tiny;
+
+use std::sync::Arc;
+
+use dlf_engine::backend::Limits;
+use dlf_engine::fusion::{DynamicRule, FusionRule};
+use dlf_engine::generate::{FinishReason, Generator, Request, Step, blocks_needed};
+use dlf_engine::{Ensemble, Error};
+use proptest::prelude::*;
+use scripted::Scripted;
+
+/// The vocabulary of the tiny ensemble; ids from 90 on are never said by [`next`].
+const VOCAB: u32 = 97;
+
+/// Depends on every token before.
+fn next(tokens: &[u32]) -> u32 {
+    tokens.iter().fold(7u32, |hash, &t| hash.wrapping_mul(31).wrapping_add(t)) % 90
+}
+
+fn expected(prompt: &[u32], count: usize) -> Vec<u32> {
+    let mut tokens = prompt.to_vec();
+    for _ in 0..count {
+        tokens.push(next(&tokens));
+    }
+    tokens.split_off(prompt.len())
+}
+
+fn generator(limits: Limits) -> Generator {
+    let ensemble: Arc<Ensemble> = Arc::new(tiny::ensemble(1));
+    let models = ensemble.models().len();
+    Generator::new(ensemble, Box::new(Scripted::new(limits, models, next)))
+}
+
+const LIMITS: Limits = Limits { rows: 8, slots: 4, blocks: 64 };
+
+fn tokens_of(steps: &[Step], request: usize) -> Vec<u32> {
+    steps.iter().filter(|step| step.request == request).map(|step| step.token).collect()
+}
+
+fn run(generator: Generator) -> Vec<Step> {
+    generator.collect::<Result<_, _>>().unwrap()
+}
+
+#[test]
+fn a_long_prompt_is_read_in_chunks() {
+    let mut generator = generator(LIMITS);
+    let prompt: Vec<u32> = (0..50).collect();
+    generator.push(Request::new(prompt.clone(), 20)).unwrap();
+    let steps = run(generator);
+    assert_eq!(tokens_of(&steps, 0), expected(&prompt, 20));
+    assert_eq!(steps.last().unwrap().finish, Some(FinishReason::Length));
+    assert!(steps[..19].iter().all(|step| step.finish.is_none()));
+}
+
+#[test]
+fn roles_may_have_prompts_of_different_lengths() {
+    let mut generator = generator(LIMITS);
+    let prompts = vec![vec![1, 2, 3], (0..30).collect(), vec![5]];
+    generator.push(Request { prompts, ..Request::new(vec![], 10) }).unwrap();
+    assert_eq!(tokens_of(&run(generator), 0), expected(&[1, 2, 3], 10));
+}
+
+#[test]
+fn end_tokens_end_and_min_new_tokens_bans_them() {
+    let second = expected(&[1, 2], 2)[1];
+    let mut generator = generator(LIMITS);
+    let request = Request { stop_token_ids: vec![second], ..Request::new(vec![1, 2], 5) };
+    generator.push(request.clone()).unwrap();
+    generator.push(Request { min_new_tokens: 2, ..request }).unwrap();
+    let steps = run(generator);
+    assert_eq!(tokens_of(&steps, 0), expected(&[1, 2], 2));
+    let first = steps.iter().find(|step| step.request == 0 && step.finish.is_some()).unwrap();
+    assert_eq!(first.finish, Some(FinishReason::Stop));
+    // The script says one more where its word is banned.
+    assert_eq!(tokens_of(&steps, 1)[1], second + 1);
+}
+
+#[test]
+fn scoring_gives_every_position_its_step() {
+    let mut generator = generator(LIMITS);
+    let ids: Vec<u32> = (10..40).collect();
+    generator.push(Request::score(ids.clone())).unwrap();
+    let steps = run(generator);
+    assert_eq!(tokens_of(&steps, 0), ids[1..]);
+    for (k, step) in steps.iter().enumerate() {
+        assert!(step.forced);
+        assert_eq!(step.index, k);
+        assert_eq!(step.decision.argmax_fused, next(&ids[..=k]), "position {k}");
+    }
+    assert_eq!(steps.last().unwrap().finish, Some(FinishReason::Length));
+}
+
+#[test]
+fn a_scored_text_can_be_continued() {
+    let mut generator = generator(LIMITS);
+    let request = Request { forced: vec![4, 5, 6], ..Request::new(vec![1], 3) };
+    generator.push(request).unwrap();
+    let mut all = vec![4, 5, 6];
+    all.extend(expected(&[1, 4, 5, 6], 3));
+    assert_eq!(tokens_of(&run(generator), 0), all);
+}
+
+#[test]
+fn alpha_is_held_between_searches_also_where_many_steps_are_scored_at_once() {
+    let rule = FusionRule::Dynamic(DynamicRule { every: 3, ..DynamicRule::default() });
+    let mut generator = generator(Limits { rows: 64, slots: 5, blocks: 64 });
+    generator.push(Request::score((0..12).collect()).rule(rule.clone())).unwrap();
+    generator.push(Request::new(vec![1], 11).rule(rule)).unwrap();
+    let steps = run(generator);
+    for request in 0..2 {
+        let alphas: Vec<f64> =
+            steps.iter().filter(|s| s.request == request).map(|s| s.decision.alpha[0]).collect();
+        assert_eq!(alphas, [0., 0., 0., 3., 3., 3., 6., 6., 6., 9., 9.]);
+    }
+}
+
+#[test]
+fn a_request_that_never_fits_fails_alone() {
+    let mut generator = generator(Limits { blocks: blocks_needed(1, 40), ..LIMITS });
+    generator.push(Request::new(vec![1], 60)).unwrap();
+    generator.push(Request::new(vec![2], 10)).unwrap();
+    let results: Vec<_> = generator.collect();
+    assert!(matches!(&results[0], Err(Error::Request { request: 0, source })
+        if matches!(**source, Error::CacheFull { .. })));
+    let steps: Vec<Step> = results.into_iter().skip(1).map(Result::unwrap).collect();
+    assert_eq!(tokens_of(&steps, 1), expected(&[2], 10));
+}
+
+#[test]
+fn impossible_requests_are_refused() {
+    let mut generator = generator(LIMITS);
+    let context = tiny::CONTEXT;
+    let error = |generator: &mut Generator, request| generator.push(request).unwrap_err();
+    assert!(matches!(error(&mut generator, Request::new(vec![], 1)), Error::EmptyPrompt { .. }));
+    assert!(matches!(error(&mut generator, Request::new(vec![VOCAB], 1)), Error::TokenOutOfRange { id: VOCAB, .. }));
+    assert!(matches!(error(&mut generator, Request::new(vec![1; context + 1], 1)), Error::PromptTooLong { .. }));
+    assert!(matches!(error(&mut generator, Request::new(vec![1], 0)), Error::Parameter { .. }));
+    let empty_stop = Request { stop_strings: vec![String::new()], ..Request::new(vec![1], 1) };
+    assert!(matches!(error(&mut generator, empty_stop), Error::Parameter { name: "stop", .. }));
+    assert!(generator.next().is_none());
+}
+
+#[test]
+fn generation_ends_where_the_context_does() {
+    let mut generator = generator(Limits { blocks: 256, ..LIMITS });
+    generator.push(Request::new(vec![1; tiny::CONTEXT - 2], 100)).unwrap();
+    let steps = run(generator);
+    // Two more tokens can be read, and one more is decided after the last.
+    assert_eq!(steps.len(), 3);
+    assert_eq!(steps[2].finish, Some(FinishReason::Length));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+
+    /// Whatever else is in flight, whatever is shared, a request gets its own text.
+    #[test]
+    fn batch_is_alone(
+        requests in prop::collection::vec((0u32..3, 1usize..60, 0usize..20, 0usize..20), 1..8),
+        rows in 1usize..40,
+        slots in 1usize..6,
+        blocks in 6usize..30,
+    ) {
+        let mut generator = generator(Limits { rows, slots, blocks });
+        let mut wanted = Vec::new();
+        for &(start, length, forced, new) in &requests {
+            // Few beginnings, so that prefixes are shared.
+            let prompt: Vec<u32> = (0..length as u32).map(|k| (start * (k / 20) + k) % 90).collect();
+            let forced: Vec<u32> = (0..forced as u32).map(|k| k % 90).collect();
+            let request = Request { forced: forced.clone(), ..Request::new(prompt.clone(), new + 1) };
+            generator.push(request).unwrap();
+            let read: Vec<u32> = prompt.iter().chain(&forced).copied().collect();
+            wanted.push(forced.into_iter().chain(expected(&read, new + 1)).collect::<Vec<u32>>());
+        }
+        let mut steps = Vec::new();
+        let mut failed = Vec::new();
+        for step in generator {
+            match step {
+                Ok(step) => steps.push(step),
+                Err(Error::Request { request, .. }) => failed.push(request),
+                Err(error) => panic!("{error}"),
+            }
+        }
+        for (request, wanted) in wanted.iter().enumerate() {
+            let (start, length, forced, new) = requests[request];
+            let fits = blocks_needed(1, length + forced + new + 1) <= blocks;
+            prop_assert_eq!(failed.contains(&request), !fits, "{}", start);
+            if fits {
+                prop_assert_eq!(&tokens_of(&steps, request), wanted);
+            }
+        }
+    }
+}
