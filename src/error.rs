@@ -77,10 +77,10 @@ pub enum Error {
         path: PathBuf,
     },
     /// A chat template is missing, malformed, or raised an error.
-    #[error("chat template of the {role} model: {reason}")]
+    #[error("{}: chat template: {reason}", path.display())]
     Template {
-        /// The model.
-        role: Role,
+        /// The file that holds it, or the directory where there is none.
+        path: PathBuf,
         /// What is wrong.
         reason: String,
     },

@@ -208,7 +208,9 @@ impl Checkpoint {
     /// Refuses what nobody took and `harmless` doesn't know: weights that the model would be computed without.
     pub(crate) fn refuse_rest(&self, harmless: impl Fn(&str) -> bool) -> Result<()> {
         match self.names().iter().find(|name| !harmless(name)) {
-            Some(name) => Err(self.tensor_error(name, "no such tensor in a Llama of this configuration", "one")),
+            Some(name) => {
+                Err(self.tensor_error(name, "no such tensor in a Llama of this configuration", "one"))
+            }
             None => Ok(()),
         }
     }
