@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use dlf_engine::Ensemble;
 use dlf_engine::backend::cpu::{CpuBackend, CpuOptions};
-use dlf_engine::backend::{Batch, Limits, Row};
+use dlf_engine::backend::{Backend, Batch, Limits, Row};
 use dlf_engine::config::LlamaConfig;
 use dlf_engine::kv_cache::{BLOCK_SIZE, BlockTable};
 use dlf_engine::model::{LlamaModel, Role};
@@ -33,7 +33,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         weights: Arc::new(weights),
         adapter: None,
     };
-    let ensemble = Arc::new(Ensemble::new(vec![Arc::new(model)], vocab_size)?);
+    let ensemble = Arc::new(Ensemble::from_models(vec![model])?);
     let limits = Limits { rows: 512, slots: 1, blocks: 512 / BLOCK_SIZE };
     let mut backend = CpuBackend::new(ensemble, CpuOptions { threads, limits })?;
     let tables = [BlockTable { blocks: (0..limits.blocks as u32).collect() }];

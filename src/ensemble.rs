@@ -13,19 +13,18 @@ pub struct Ensemble {
 }
 
 impl Ensemble {
-    /// Puts `models` together: large, small, then the experts, which share the first `vocab_size` token ids.
+    /// An ensemble of models without tokenizers: prompts and results are token ids.
     ///
     /// # Errors
-    /// [`Error::Parameter`] where a model has fewer ids.
-    pub fn new(models: Vec<Arc<LlamaModel>>, vocab_size: usize) -> Result<Self> {
-        match models.iter().find(|model| model.config.vocab_size < vocab_size) {
-            None => Ok(Self { models, vocab_size }),
-            Some(model) => Err(Error::Parameter {
-                name: "vocab_size",
-                expected: format!("at most the {} ids of the {} model", model.config.vocab_size, model.role),
-                found: vocab_size.to_string(),
-            }),
-        }
+    /// [`Error::Parameter`] where there is no model.
+    pub fn from_models(models: Vec<LlamaModel>) -> Result<Self> {
+        let vocab_size = models.iter().map(|model| model.config.vocab_size).min();
+        let vocab_size = vocab_size.ok_or_else(|| Error::Parameter {
+            name: "models",
+            expected: "at least one".to_owned(),
+            found: "none".to_owned(),
+        })?;
+        Ok(Self { models: models.into_iter().map(Arc::new).collect(), vocab_size })
     }
 
     /// The models: large, small, then the experts in the order they were given; those that a method doesn't need
