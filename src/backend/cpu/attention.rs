@@ -464,16 +464,17 @@ fn add_columns<S: Simd, const N: usize, const D: usize>(
         }
     }
     for position in 0..count {
-        let mut v = [simd.zero(); D];
-        for (j, v) in v.iter_mut().enumerate() {
+        // Three weights and one vector of values beside twelve accumulators fill the registers.
+        let mut weights = [simd.zero(); N];
+        for (i, weight) in weights.iter_mut().enumerate() {
             // SAFETY: as above.
-            *v = unsafe { simd.load(values.as_ptr().add(position * width + d + j * LANES)) };
+            *weight = simd.splat(unsafe { *p.get_unchecked(i * CHUNK + position) });
         }
-        for (i, acc) in acc.iter_mut().enumerate() {
+        for j in 0..D {
             // SAFETY: as above.
-            let p = simd.splat(unsafe { *p.get_unchecked(i * CHUNK + position) });
-            for (acc, &v) in acc.iter_mut().zip(&v) {
-                *acc = simd.fma(p, v, *acc);
+            let v = unsafe { simd.load(values.as_ptr().add(position * width + d + j * LANES)) };
+            for (acc, &weight) in acc.iter_mut().zip(&weights) {
+                acc[j] = simd.fma(weight, v, acc[j]);
             }
         }
     }

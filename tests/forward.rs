@@ -1,0 +1,477 @@
+//! The forward pass of the CPU backend: against a plain f64 reference, against transformers' numbers, and against
+//! itself in every way a batch can be cut.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use dlf_engine::adapter::{LoraAdapter, LoraDelta, LoraLayer, Projection};
+use dlf_engine::backend::cpu::{CpuBackend, CpuOptions};
+use dlf_engine::backend::{Backend, Batch, Limits, Row};
+use dlf_engine::config::LlamaConfig;
+use dlf_engine::kv_cache::{BLOCK_SIZE, BlockTable};
+use dlf_engine::model::{LlamaModel, Role};
+use dlf_engine::rope::Rope;
+use dlf_engine::weights::{Dtype, Linear, LlamaWeights, Tensor};
+use dlf_engine::{Ensemble, Error};
+
+/// The shape of a model.
+#[derive(Clone, Copy)]
+struct Shape {
+    hidden: usize,
+    intermediate: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    vocab: usize,
+    bias: bool,
+}
+
+/// Whole vectors everywhere.
+const EVEN: Shape =
+    Shape { hidden: 64, intermediate: 96, heads: 6, kv_heads: 2, head_dim: 16, vocab: 96, bias: false };
+
+/// No size is a multiple of anything, and products are long enough to be summed in blocks.
+const ODD: Shape =
+    Shape { hidden: 37, intermediate: 1101, heads: 5, kv_heads: 1, head_dim: 6, vocab: 101, bias: true };
+
+fn config(shape: Shape) -> Arc<LlamaConfig> {
+    let Shape { hidden, intermediate, heads, kv_heads, head_dim, vocab, bias } = shape;
+    let json = format!(
+        r#"{{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": {hidden},
+            "intermediate_size": {intermediate}, "num_hidden_layers": 2, "num_attention_heads": {heads},
+            "num_key_value_heads": {kv_heads}, "head_dim": {head_dim}, "vocab_size": {vocab},
+            "attention_bias": {bias}, "mlp_bias": {bias}, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": false}}"#
+    );
+    Arc::new(LlamaConfig::from_json("config.json".as_ref(), &json, None).unwrap())
+}
+
+fn model(role: Role, shape: Shape, dtype: Dtype, seed: u64) -> LlamaModel {
+    let config = config(shape);
+    let weights = Arc::new(LlamaWeights::random(&config, dtype, seed));
+    LlamaModel { role, name: role.to_string(), path: "memory".into(), config, weights, adapter: None }
+}
+
+/// Low-rank updates of every projection but one, of ranks that differ.
+fn adapter(shape: Shape, seed: u64) -> Arc<LoraAdapter> {
+    let Shape { hidden, intermediate, heads, kv_heads, head_dim, .. } = shape;
+    let (queries, keys) = (heads * head_dim, kv_heads * head_dim);
+    let sizes = [
+        (queries, hidden),
+        (keys, hidden),
+        (keys, hidden),
+        (hidden, queries),
+        (intermediate, hidden),
+        (intermediate, hidden),
+        (hidden, intermediate),
+    ];
+    let mut state = seed;
+    let mut tensor = |rows: usize, cols: usize| {
+        let values: Vec<f32> = (0..rows * cols)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                ((state >> 40) as f32 / (1 << 23) as f32 - 1.0) / (cols as f32).sqrt()
+            })
+            .collect();
+        Tensor::from_f32(Dtype::F32, &[rows, cols], &values).unwrap()
+    };
+    let mut layer = |number: usize| {
+        let mut layer = LoraLayer::default();
+        for (i, &(rows, cols)) in sizes.iter().enumerate() {
+            let r = 3 + (i + number) % 7;
+            if i != (number + seed as usize) % 7 {
+                layer.deltas[i] = Some(LoraDelta { a: tensor(r, cols), b: tensor(rows, r), scale: 0.75 });
+            }
+        }
+        layer
+    };
+    Arc::new(LoraAdapter { layers: vec![layer(0), layer(1)] })
+}
+
+fn tokens(count: usize, vocab: usize, seed: usize) -> Vec<u32> {
+    (0..count).map(|i| ((i * i * 31 + i * 7 + seed * 13) % vocab) as u32).collect()
+}
+
+/// A sequence in a model: which blocks it has, and what is fed.
+struct Sequence {
+    model: usize,
+    table: BlockTable,
+    tokens: Vec<u32>,
+}
+
+/// Logits by (sequence, position), as bits.
+type Logits = BTreeMap<(usize, usize), Vec<u32>>;
+
+fn backend(models: Vec<LlamaModel>, threads: usize, limits: Limits) -> CpuBackend {
+    let ensemble = Arc::new(Ensemble::from_models(models).unwrap());
+    CpuBackend::new(ensemble, CpuOptions { threads, limits }).unwrap()
+}
+
+/// Feeds `batches`, each a list of (sequence, positions), and collects all logits.
+fn feed(backend: &mut CpuBackend, sequences: &[Sequence], batches: &[Vec<(usize, Range<usize>)>]) -> Logits {
+    let tables: Vec<_> = sequences.iter().map(|sequence| sequence.table.clone()).collect();
+    let mut logits = Logits::new();
+    for batch in batches {
+        let mut rows = Vec::new();
+        for (table, positions) in batch {
+            let Sequence { model, tokens, .. } = &sequences[*table];
+            let row = |position| Row { model: *model, table: *table, position, token: tokens[position], slot: None };
+            rows.extend(positions.clone().map(row));
+        }
+        rows.sort_by_key(|row| (row.model, row.table, row.position));
+        for (slot, row) in rows.iter_mut().enumerate() {
+            row.slot = Some(slot);
+        }
+        backend.forward(&Batch { rows: &rows, tables: &tables }).unwrap();
+        for row in &rows {
+            let of_row = backend.logits(row.model, row.slot.unwrap()).unwrap();
+            assert!(of_row.iter().all(|logit| logit.is_finite()));
+            logits.insert((row.table, row.position), of_row.iter().map(|logit| logit.to_bits()).collect());
+        }
+    }
+    logits
+}
+
+/// A large model, a small one, a full expert between two adapters; two sequences each.
+fn mixed_ensemble(shape: Shape, dtype: Dtype) -> (Vec<LlamaModel>, Vec<Sequence>) {
+    let small = model(Role::Small, shape, dtype, 2);
+    let lora = |t: usize| LlamaModel {
+        role: Role::Expert(t),
+        adapter: Some(adapter(shape, t as u64 + 5)),
+        ..small.clone()
+    };
+    let (first, last) = (lora(0), lora(2));
+    let large = model(Role::Large, Shape { hidden: shape.hidden + 3, ..shape }, dtype, 1);
+    let models = vec![large, small, first, model(Role::Expert(1), shape, dtype, 3), last];
+    // Blocks in no order; those of a model are its own.
+    let mut sequences = Vec::new();
+    for model in 0..models.len() {
+        for (number, length) in [(0, 300), (1, 41)] {
+            let blocks = (0..(length as u32).div_ceil(16)).map(|i| (i * 7 + 3 + 11 * number) % 29 + 29 * number);
+            let tokens = tokens(length, shape.vocab, model + 7 * number as usize);
+            sequences.push(Sequence { model, table: BlockTable { blocks: blocks.collect() }, tokens });
+        }
+    }
+    (models, sequences)
+}
+
+/// Enough for every batch of these tests.
+const LIMITS: Limits = Limits { rows: 700, slots: 4000, blocks: 58 };
+
+#[test]
+fn rows_do_not_depend_on_their_batch() {
+    for (shape, dtype) in [(EVEN, Dtype::F32), (ODD, Dtype::Bf16), (EVEN, Dtype::F16)] {
+        let (models, sequences) = mixed_ensemble(shape, dtype);
+        let all = |backend: &mut CpuBackend, cut: &dyn Fn(usize, usize) -> Vec<Range<usize>>| {
+            // Batch number i has chunk i of every sequence.
+            let mut batches: Vec<Vec<_>> = Vec::new();
+            for (index, sequence) in sequences.iter().enumerate() {
+                for (i, range) in cut(index, sequence.tokens.len()).into_iter().enumerate() {
+                    batches.resize_with(batches.len().max(i + 1), Vec::new);
+                    batches[i].push((index, range));
+                }
+            }
+            feed(backend, &sequences, &batches)
+        };
+        // Sequence by sequence, token by token, one thread.
+        let mut alone = backend(models.clone(), 1, LIMITS);
+        let single: Vec<Vec<_>> = sequences
+            .iter()
+            .enumerate()
+            .flat_map(|(index, sequence)| (0..sequence.tokens.len()).map(move |p| vec![(index, p..p + 1)]))
+            .collect();
+        let expected = feed(&mut alone, &sequences, &single);
+        let whole = |_: usize, length: usize| vec![0..length];
+        let chunks = |index: usize, length: usize| {
+            let size = [5, 64, 1, 17, 100, 3, 33, 8, 9, 130][index % 10];
+            (0..length).step_by(size).map(|start| start..length.min(start + size)).collect()
+        };
+        let prompt_then_tokens = |index: usize, length: usize| {
+            let prompt = length - 6 - index % 3;
+            std::iter::once(0..prompt).chain((prompt..length).map(|p| p..p + 1)).collect()
+        };
+        for threads in [1, 2, 3] {
+            for (name, cut) in [
+                ("whole", &whole as &dyn Fn(usize, usize) -> Vec<Range<usize>>),
+                ("chunks", &chunks),
+                ("prompt, then tokens", &prompt_then_tokens),
+            ] {
+                let logits = all(&mut backend(models.clone(), threads, LIMITS), cut);
+                assert!(logits == expected, "{dtype:?}, {threads} threads, {name}");
+            }
+        }
+    }
+}
+
+/// y = W x + b + scale · B (A x), in f64.
+fn linear(linear: &Linear, delta: Option<&LoraDelta>, x: &[f64]) -> Vec<f64> {
+    let product = |weight: &Tensor, x: &[f64]| -> Vec<f64> {
+        let numbers = weight.data().to_f32();
+        numbers.chunks(x.len()).map(|row| row.iter().zip(x).map(|(&w, x)| f64::from(w) * x).sum()).collect()
+    };
+    let mut y = product(&linear.weight, x);
+    if let Some(bias) = &linear.bias {
+        y.iter_mut().zip(bias.data().to_f32()).for_each(|(y, b)| *y += f64::from(b));
+    }
+    if let Some(LoraDelta { a, b, scale }) = delta {
+        let low = product(b, &product(a, x));
+        y.iter_mut().zip(low).for_each(|(y, low)| *y += f64::from(*scale) * low);
+    }
+    y
+}
+
+fn rms_norm(x: &[f64], weight: &Tensor, eps: f32) -> Vec<f64> {
+    let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
+    let scale = 1.0 / (mean + f64::from(eps)).sqrt();
+    x.iter().zip(weight.data().to_f32()).map(|(x, w)| x * scale * f64::from(w)).collect()
+}
+
+/// The logits of every position, from the definition, in f64.
+fn reference(model: &LlamaModel, tokens: &[u32]) -> Vec<Vec<f64>> {
+    let LlamaModel { config, weights, adapter, .. } = model;
+    let (head_dim, half) = (config.head_dim, config.head_dim / 2);
+    let group = config.num_attention_heads / config.num_key_value_heads;
+    let rope = Rope::new(config);
+    let rotate = |x: &mut [f64], position: usize| {
+        let (mut cos, mut sin) = (vec![0.0; half], vec![0.0; half]);
+        rope.cos_sin(position, &mut cos, &mut sin);
+        for head in x.chunks_mut(head_dim) {
+            for i in 0..half {
+                let (a, b, c, s) = (head[i], head[i + half], f64::from(cos[i]), f64::from(sin[i]));
+                (head[i], head[i + half]) = (a * c - b * s, b * c + a * s);
+            }
+        }
+    };
+    let embedding = weights.embed_tokens.data().to_f32();
+    let embed = |&token: &u32| embedding[token as usize * config.hidden_size..][..config.hidden_size].iter();
+    let mut hidden: Vec<Vec<f64>> = tokens.iter().map(|t| embed(t).map(|&x| f64::from(x)).collect()).collect();
+    for (number, layer) in weights.layers.iter().enumerate() {
+        let delta = |p: Projection| adapter.as_ref().and_then(|adapter| adapter.layers[number].delta(p));
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for (position, hidden) in hidden.iter_mut().enumerate() {
+            let x = rms_norm(hidden, &layer.input_layernorm, config.rms_norm_eps);
+            let mut q = linear(&layer.q_proj, delta(Projection::Q), &x);
+            let mut k = linear(&layer.k_proj, delta(Projection::K), &x);
+            rotate(&mut q, position);
+            rotate(&mut k, position);
+            keys.push(k);
+            values.push(linear(&layer.v_proj, delta(Projection::V), &x));
+            let mut attended = Vec::new();
+            for (head, q) in q.chunks(head_dim).enumerate() {
+                let at = head / group * head_dim..(head / group + 1) * head_dim;
+                let dot = |k: &Vec<f64>| q.iter().zip(&k[at.clone()]).map(|(q, k)| q * k).sum::<f64>();
+                let weights: Vec<f64> = keys.iter().map(|k| (dot(k) / (head_dim as f64).sqrt()).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                attended.extend(at.clone().map(|d| {
+                    weights.iter().zip(&values).map(|(w, v): (_, &Vec<f64>)| w / sum * v[d]).sum::<f64>()
+                }));
+            }
+            let o = linear(&layer.o_proj, delta(Projection::O), &attended);
+            hidden.iter_mut().zip(o).for_each(|(x, o)| *x += o);
+            let x = rms_norm(hidden, &layer.post_attention_layernorm, config.rms_norm_eps);
+            let gate = linear(&layer.gate_proj, delta(Projection::Gate), &x);
+            let up = linear(&layer.up_proj, delta(Projection::Up), &x);
+            let act: Vec<f64> = gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+            let down = linear(&layer.down_proj, delta(Projection::Down), &act);
+            hidden.iter_mut().zip(down).for_each(|(x, down)| *x += down);
+        }
+    }
+    let head = Linear { weight: weights.lm_head.clone(), bias: None };
+    let norm = |hidden: &Vec<f64>| rms_norm(hidden, &weights.norm, config.rms_norm_eps);
+    hidden.iter().map(|hidden| linear(&head, None, &norm(hidden))).collect()
+}
+
+/// The logits of a whole prompt, from a backend with one model.
+fn logits_of(model: LlamaModel, tokens: &[u32]) -> Vec<Vec<f32>> {
+    let blocks = tokens.len().div_ceil(BLOCK_SIZE);
+    let limits = Limits { rows: tokens.len(), slots: tokens.len(), blocks };
+    let table = BlockTable { blocks: (0..blocks as u32).collect() };
+    let sequences = [Sequence { model: 0, table, tokens: tokens.to_vec() }];
+    let logits = feed(&mut backend(vec![model], 2, limits), &sequences, &[vec![(0, 0..tokens.len())]]);
+    logits.into_values().map(|bits| bits.into_iter().map(f32::from_bits).collect()).collect()
+}
+
+#[test]
+fn logits_are_those_of_the_definition() {
+    for (shape, dtype) in [(EVEN, Dtype::F32), (EVEN, Dtype::F16), (ODD, Dtype::F32), (ODD, Dtype::Bf16)] {
+        for adapter in [None, Some(adapter(shape, 9))] {
+            let model = LlamaModel { adapter, ..model(Role::Small, shape, dtype, 4) };
+            let tokens = tokens(290, shape.vocab, 1);
+            let exact = reference(&model, &tokens);
+            let logits = logits_of(model, &tokens);
+            let error = |(y, x): (&f32, &f64)| (f64::from(*y) - x).abs();
+            let worst = logits.iter().flatten().zip(exact.iter().flatten()).map(error).fold(0.0, f64::max);
+            // Logits are of the order of 1, eps is 6e-8, and four roundings in a row of sums of up to 1101 terms
+            // in two layers accumulate to some hundred of it.
+            assert!(worst < 1e-5, "{dtype:?}: {worst:e}");
+            // And the comparison can fail: a neighbour's logits are far away.
+            let moved = logits.iter().skip(1).flatten().zip(exact.iter().flatten()).map(error).fold(0.0, f64::max);
+            assert!(moved > 0.1);
+        }
+    }
+}
+
+#[test]
+fn an_adapter_is_the_merged_weights() {
+    let shape = EVEN;
+    let base = model(Role::Small, shape, Dtype::F32, 4);
+    let adapter = adapter(shape, 9);
+    let mut merged = (*base.weights).clone();
+    for (layer, updates) in merged.layers.iter_mut().zip(&adapter.layers) {
+        let projections = [
+            (&mut layer.q_proj, Projection::Q),
+            (&mut layer.k_proj, Projection::K),
+            (&mut layer.v_proj, Projection::V),
+            (&mut layer.o_proj, Projection::O),
+            (&mut layer.gate_proj, Projection::Gate),
+            (&mut layer.up_proj, Projection::Up),
+            (&mut layer.down_proj, Projection::Down),
+        ];
+        for (linear, projection) in projections {
+            let Some(LoraDelta { a, b, scale }) = updates.delta(projection) else { continue };
+            let (rows, cols, r) = (b.shape()[0], a.shape()[1], a.shape()[0]);
+            let (mut w, a, b) = (linear.weight.data().to_f32(), a.data().to_f32(), b.data().to_f32());
+            for i in 0..rows {
+                for j in 0..cols {
+                    let low: f32 = (0..r).map(|k| b[i * r + k] * a[k * cols + j]).sum();
+                    w[i * cols + j] += scale * low;
+                }
+            }
+            linear.weight = Tensor::from_f32(Dtype::F32, &[rows, cols], &w).unwrap();
+        }
+    }
+    let tokens = tokens(40, shape.vocab, 1);
+    let plain = logits_of(base.clone(), &tokens);
+    let merged = logits_of(LlamaModel { weights: Arc::new(merged), ..base.clone() }, &tokens);
+    let adapted = logits_of(LlamaModel { adapter: Some(adapter), ..base }, &tokens);
+    let worst = |other: &[Vec<f32>]| {
+        let pairs = adapted.iter().flatten().zip(other.iter().flatten());
+        pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    };
+    // The two round differently; both are within 1e-5 of the definition.
+    assert!(worst(&merged) < 2e-5, "{:e}", worst(&merged));
+    assert!(worst(&plain) > 0.1, "the adapter changes something");
+}
+
+#[test]
+fn tables_share_the_blocks_of_a_common_prefix() {
+    let shape = EVEN;
+    let all = tokens(100, shape.vocab, 5);
+    let mut other = all[..48].to_vec();
+    other.extend(tokens(30, shape.vocab, 6));
+    let alone = |tokens: &[u32]| logits_of(model(Role::Small, shape, Dtype::F32, 4), tokens);
+    let (first, second) = (alone(&all), alone(&other));
+    // Sequence 0 has its own tail after three blocks that only the rows of sequence 1 fill, in the same batch;
+    // with rows for more than one turn besides.
+    let table = |tail: Range<u32>| BlockTable { blocks: [20, 3, 11].into_iter().chain(tail).collect() };
+    let mut sequences = vec![
+        Sequence { model: 0, table: table(30..32), tokens: other },
+        Sequence { model: 0, table: table(40..44), tokens: all },
+    ];
+    let mut batch = vec![(0, 48..78), (1, 0..100)];
+    for i in 0..3 {
+        let table = BlockTable { blocks: (50 + 13 * i..63 + 13 * i).collect() };
+        sequences.push(Sequence { model: 0, table, tokens: tokens(200, shape.vocab, i as usize) });
+        batch.push((2 + i as usize, 0..200));
+    }
+    let limits = Limits { rows: 1000, slots: 1000, blocks: 100 };
+    let mut backend = backend(vec![model(Role::Small, shape, Dtype::F32, 4)], 2, limits);
+    let logits = feed(&mut backend, &sequences, &[batch]);
+    let bits = |logits: &[f32]| -> Vec<u32> { logits.iter().map(|logit| logit.to_bits()).collect() };
+    for position in 48..78 {
+        assert_eq!(logits[&(0, position)], bits(&second[position]), "position {position}");
+    }
+    for position in 0..100 {
+        assert_eq!(logits[&(1, position)], bits(&first[position]), "position {position}");
+    }
+}
+
+#[test]
+fn ids_past_the_shared_vocabulary_are_never_computed() {
+    let wide = model(Role::Large, Shape { vocab: 120, ..EVEN }, Dtype::F32, 1);
+    let tokens = tokens(5, 96, 0);
+    let alone = logits_of(wide.clone(), &tokens);
+    let limits = Limits { rows: 8, slots: 8, blocks: 1 };
+    let mut both = backend(vec![wide, model(Role::Small, EVEN, Dtype::F32, 2)], 1, limits);
+    let sequences = [Sequence { model: 0, table: BlockTable { blocks: vec![0] }, tokens }];
+    for ((_, position), logits) in feed(&mut both, &sequences, &[vec![(0, 0..5)]]) {
+        assert_eq!(logits.len(), 96);
+        assert!(logits.iter().zip(&alone[position]).all(|(bits, alone)| *bits == alone.to_bits()));
+    }
+}
+
+#[test]
+fn rows_that_name_what_is_not_there_are_refused() {
+    let limits = Limits { rows: 8, slots: 2, blocks: 3 };
+    let mut backend = backend(vec![model(Role::Small, EVEN, Dtype::F32, 2)], 1, limits);
+    let tables = [BlockTable { blocks: vec![2] }, BlockTable { blocks: vec![3] }];
+    let good = Row { model: 0, table: 0, position: 0, token: 95, slot: Some(1) };
+    backend.forward(&Batch { rows: &[good], tables: &tables }).unwrap();
+    for rows in [
+        vec![Row { model: 1, ..good }],
+        vec![Row { table: 2, ..good }],
+        vec![Row { table: 1, ..good }],
+        vec![Row { position: 16, ..good }],
+        vec![Row { token: 96, ..good }],
+        vec![Row { slot: Some(2), ..good }],
+        vec![good, Row { position: 1, ..good }],
+    ] {
+        let refused = backend.forward(&Batch { rows: &rows, tables: &tables });
+        assert!(matches!(refused, Err(Error::Parameter { .. })), "{rows:?}");
+    }
+    assert!(backend.logits(0, 2).is_err() && backend.logits(1, 0).is_err());
+}
+
+/// A golden's `key` as rows of f32.
+fn golden(file: &[u8], key: &str) -> Vec<Vec<f32>> {
+    let tensors = safetensors::SafeTensors::deserialize(file).unwrap();
+    let tensor = tensors.tensor(key).unwrap();
+    let number = |bytes: &[u8]| f32::from_le_bytes(bytes.try_into().unwrap());
+    let numbers: Vec<f32> = tensor.data().chunks(4).map(number).collect();
+    numbers.chunks(tensor.shape()[1]).map(<[f32]>::to_vec).collect()
+}
+
+#[test]
+fn logits_are_those_of_transformers() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/tiny");
+    let mut cases: Vec<_> = fs::read_dir(&root).unwrap().map(|entry| entry.unwrap().path()).collect();
+    cases.retain(|case| case.is_dir());
+    cases.sort();
+    assert!(cases.len() >= 10, "the goldens are there");
+    for case in cases {
+        let json: serde_json::Value =
+            serde_json::from_slice(&fs::read(case.join("golden.json")).unwrap()).unwrap();
+        let base = json["base"].as_str().map_or_else(|| case.join("model"), |base| root.join(base));
+        let config = LlamaConfig::load(&base).unwrap();
+        let weights = Arc::new(LlamaWeights::load(&base, &config).unwrap());
+        let adapter = case.join("adapter");
+        let adapter = adapter.is_dir().then(|| Arc::new(LoraAdapter::load(&adapter, &config).unwrap()));
+        let name = case.file_name().unwrap().to_string_lossy().into_owned();
+        let config = Arc::new(config);
+        let model = LlamaModel { role: Role::Small, name, path: base, config, weights, adapter };
+        let file = fs::read(case.join("golden.safetensors")).unwrap();
+        for (number, prompt) in json["prompts"].as_array().unwrap().iter().enumerate() {
+            let ids = |key: &str| -> Vec<u32> {
+                prompt[key].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+            };
+            let tokens = [ids("input_ids"), ids("greedy_ids")].concat();
+            let expected = golden(&file, &format!("log_probs.{number}"));
+            let logits = logits_of(model.clone(), &tokens);
+            assert_eq!(logits.len(), expected.len(), "{}", model.name);
+            let mut worst = 0.0_f64;
+            for (logits, expected) in logits.iter().zip(&expected) {
+                assert_eq!(logits.len(), expected.len(), "{}", model.name);
+                let lse = logits.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
+                for (&logit, &expected) in logits.iter().zip(expected) {
+                    worst = worst.max((f64::from(logit) - lse - f64::from(expected)).abs());
+                }
+            }
+            // Both sides sum in f32, each in its own order; log-probabilities go down to some −30, where one ulp
+            // is 2e-6. The goldens say that every mistake they were made to catch moves one by 0.05 or more.
+            assert!(worst < 5e-5, "{} prompt {number}: {worst:e}", model.name);
+        }
+    }
+}
