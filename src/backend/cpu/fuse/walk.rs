@@ -31,9 +31,9 @@ const REACH: f64 = 75.0;
 /// The largest first candidate's sum: its weights times a ratio that was flushed at 2⁻¹²⁵ stay below 2⁻⁴⁵.
 const LARGEST_START: f64 = (1_u128 << 80) as f64;
 
-/// Candidates that share one walk over the block: with AVX2, fourteen sums, the weight and a product fill the
-/// sixteen registers.
-const GROUP: usize = 7;
+/// Candidates that share one walk over the block: with AVX2, ten sums, the weight, the ratio and d leave the
+/// compiler a few of the sixteen registers.
+const GROUP: usize = 5;
 
 /// The walk over one slice.
 pub(super) struct Walk<'a> {
@@ -161,8 +161,6 @@ impl Walk<'_> {
                 2 => progress::<2, S>(simd, d, ratio, weight, lanes),
                 3 => progress::<3, S>(simd, d, ratio, weight, lanes),
                 4 => progress::<4, S>(simd, d, ratio, weight, lanes),
-                5 => progress::<5, S>(simd, d, ratio, weight, lanes),
-                6 => progress::<6, S>(simd, d, ratio, weight, lanes),
                 _ => progress::<GROUP, S>(simd, d, ratio, weight, lanes),
             }
         }
