@@ -70,7 +70,7 @@ impl Row {
 
 fn fuse_with(
     fuser: &mut Fuser,
-    run: &Parallel<'_>,
+    run: &mut Parallel<'_>,
     row: &Row,
     rule: &FusionRule,
     held: Option<(usize, f64)>,
@@ -82,7 +82,7 @@ fn fuse_with(
 }
 
 fn fuse(row: &Row, rule: &FusionRule) -> Result<Decision> {
-    fuse_with(&mut Fuser::new(), &sequential, row, rule, None)
+    fuse_with(&mut Fuser::new(), &mut sequential, row, rule, None)
 }
 
 fn grids(grids: &[AlphaGrid]) -> FusionRule {
@@ -207,7 +207,7 @@ fn thousands_of_rows_are_as_the_paper_says() {
         }
         let rule = some_rule(&mut rng, experts);
         for (fuser, name) in fusers.iter_mut().zip(["simd", "portable"]) {
-            let found = match fuse_with(fuser, &sequential, &row, &rule, None) {
+            let found = match fuse_with(fuser, &mut sequential, &row, &rule, None) {
                 Err(Error::NoCandidate { step: 3 }) => {
                     assert!(reference::decide(&row.logits(), &rule, None, 3).is_err());
                     continue;
@@ -255,11 +255,11 @@ fn weights_that_underflow_are_not_lost() {
                 grids(&[AlphaGrid::new(0.5, 1.0, 0.5, true).unwrap()]),
             ] {
                 for mut fuser in [Fuser::new(), Fuser::portable()] {
-                    let found = fuse_with(&mut fuser, &sequential, &row, &rule, None).unwrap();
+                    let found = fuse_with(&mut fuser, &mut sequential, &row, &rule, None).unwrap();
                     compare(&row, &rule, None, &found, &format!("gap {gap}, sign {sign}, {rule:?}"));
                     for alpha in [0.0, 0.7, -1.0, 5.0] {
                         let held = Some((0, alpha));
-                        let found = fuse_with(&mut fuser, &sequential, &row, &rule, held).unwrap();
+                        let found = fuse_with(&mut fuser, &mut sequential, &row, &rule, held).unwrap();
                         compare(&row, &rule, held, &found, &format!("gap {gap}, held {alpha}"));
                     }
                 }
@@ -461,7 +461,7 @@ fn threads_and_neighbours_change_nothing() {
     let mut decisions = Vec::new();
     let mut fuser = Fuser::new();
     for _ in 0..2 {
-        fuser.fuse(&threads, &batch, &|i| rows[i].logits(), &mut decisions);
+        fuser.fuse(&mut { threads }, &batch, &|i| rows[i].logits(), &mut decisions);
         let together: Vec<_> = decisions.drain(..).map(Result::unwrap).collect();
         assert_eq!(together, alone);
     }
