@@ -40,7 +40,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut run = |positions: std::ops::Range<usize>| {
         let last = positions.end - 1;
         let token = |position: usize| (position * 7919 % vocab_size) as u32;
-        let row = |position| Row { model: 0, table: 0, position, token: token(position), slot: (position == last).then_some(0) };
+        let row = |position| Row {
+            model: 0,
+            table: 0,
+            position,
+            token: token(position),
+            slot: (position == last).then_some(0),
+        };
         let rows: Vec<_> = positions.map(row).collect();
         backend.forward(&Batch { rows: &rows, tables: &tables })
     };

@@ -118,7 +118,13 @@ fn feed(backend: &mut CpuBackend, sequences: &[Sequence], batches: &[Vec<(usize,
         let mut rows = Vec::new();
         for (table, positions) in batch {
             let Sequence { model, tokens, .. } = &sequences[*table];
-            let row = |position| Row { model: *model, table: *table, position, token: tokens[position], slot: None };
+            let row = |position| Row {
+                model: *model,
+                table: *table,
+                position,
+                token: tokens[position],
+                slot: None,
+            };
             rows.extend(positions.clone().map(row));
         }
         rows.sort_by_key(|row| (row.model, row.table, row.position));
@@ -150,7 +156,8 @@ fn mixed_ensemble(shape: Shape, dtype: Dtype) -> (Vec<LlamaModel>, Vec<Sequence>
     let mut sequences = Vec::new();
     for model in 0..models.len() {
         for (number, length) in [(0, 300), (1, 41)] {
-            let blocks = (0..(length as u32).div_ceil(16)).map(|i| (i * 7 + 3 + 11 * number) % 29 + 29 * number);
+            let blocks =
+                (0..(length as u32).div_ceil(16)).map(|i| (i * 7 + 3 + 11 * number) % 29 + 29 * number);
             let tokens = tokens(length, shape.vocab, model + 7 * number as usize);
             sequences.push(Sequence { model, table: BlockTable { blocks: blocks.collect() }, tokens });
         }
@@ -247,7 +254,8 @@ fn reference(model: &LlamaModel, tokens: &[u32]) -> Vec<Vec<f64>> {
     };
     let embedding = weights.embed_tokens.data().to_f32();
     let embed = |&token: &u32| embedding[token as usize * config.hidden_size..][..config.hidden_size].iter();
-    let mut hidden: Vec<Vec<f64>> = tokens.iter().map(|t| embed(t).map(|&x| f64::from(x)).collect()).collect();
+    let mut hidden: Vec<Vec<f64>> =
+        tokens.iter().map(|t| embed(t).map(|&x| f64::from(x)).collect()).collect();
     for (number, layer) in weights.layers.iter().enumerate() {
         let delta = |p: Projection| adapter.as_ref().and_then(|adapter| adapter.layers[number].delta(p));
         let (mut keys, mut values) = (Vec::new(), Vec::new());
@@ -263,7 +271,8 @@ fn reference(model: &LlamaModel, tokens: &[u32]) -> Vec<Vec<f64>> {
             for (head, q) in q.chunks(head_dim).enumerate() {
                 let at = head / group * head_dim..(head / group + 1) * head_dim;
                 let dot = |k: &Vec<f64>| q.iter().zip(&k[at.clone()]).map(|(q, k)| q * k).sum::<f64>();
-                let weights: Vec<f64> = keys.iter().map(|k| (dot(k) / (head_dim as f64).sqrt()).exp()).collect();
+                let weights: Vec<f64> =
+                    keys.iter().map(|k| (dot(k) / (head_dim as f64).sqrt()).exp()).collect();
                 let sum: f64 = weights.iter().sum();
                 attended.extend(at.clone().map(|d| {
                     weights.iter().zip(&values).map(|(w, v): (_, &Vec<f64>)| w / sum * v[d]).sum::<f64>()
@@ -308,7 +317,8 @@ fn logits_are_those_of_the_definition() {
             // in two layers accumulate to some hundred of it.
             assert!(worst < 1e-5, "{dtype:?}: {worst:e}");
             // And the comparison can fail: a neighbour's logits are far away.
-            let moved = logits.iter().skip(1).flatten().zip(exact.iter().flatten()).map(error).fold(0.0, f64::max);
+            let moved =
+                logits.iter().skip(1).flatten().zip(exact.iter().flatten()).map(error).fold(0.0, f64::max);
             assert!(moved > 0.1);
         }
     }

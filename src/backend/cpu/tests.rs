@@ -1,0 +1,161 @@
+//! Kernels against f64, instruction sets against each other, and a cache full of NaN.
+
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+use super::matmul::{BLOCK_ROWS, Convert, MatMul};
+use super::simd::{Element, Isa, padded};
+use super::*;
+use crate::backend::{Backend, Row};
+use crate::config::LlamaConfig;
+use crate::kv_cache::BlockTable;
+use crate::model::LlamaModel;
+use crate::weights::{Dtype, LlamaWeights};
+
+/// What no kernel may touch.
+const GUARD: f32 = 12345.0;
+
+fn every_isa() -> Vec<Isa> {
+    let mut isas = vec![Isa::Portable];
+    isas.extend(Some(Isa::detect()).filter(|&isa| isa != Isa::Portable));
+    isas
+}
+
+/// Numbers in [−1, 1).
+fn noise(seed: u64) -> impl FnMut() -> f32 {
+    let mut state = seed;
+    move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+}
+
+/// x Wᵀ of `rows` by `cols`, with strides that leave guards between the rows of y; checks it against f64 and
+/// returns it.
+fn checked<E: Element>(isa: Isa, (rows, cols, k): (usize, usize, usize), from: impl Fn(f32) -> E) -> Vec<f32> {
+    let mut next = noise((rows * 1000 + cols) as u64 * 10_000 + k as u64);
+    let x_stride = padded(k) + 8;
+    let mut x = vec![f32::NAN; rows * x_stride];
+    for row in x.chunks_mut(x_stride) {
+        row[..k].fill_with(&mut next);
+        row[k..padded(k)].fill(0.0);
+    }
+    // A row of NaN follows each row of weights: reading past the end of one shows.
+    let w_stride = k + 3;
+    let mut w = vec![from(f32::NAN); cols * w_stride];
+    w.chunks_mut(w_stride).for_each(|row| row[..k].fill_with(|| from(next())));
+    let y_stride = cols + 2;
+    let mut y = vec![GUARD; rows * y_stride + 2];
+    y.chunks_mut(y_stride).take(rows).for_each(|row| row[..cols].fill(f32::NAN));
+    isa.run(MatMul { x: &x, x_stride, rows, w: &w, w_stride, k, cols, y: &mut y, y_stride });
+    let mut results = Vec::new();
+    for (r, row) in y.chunks(y_stride).take(rows).enumerate() {
+        assert!(row[cols..].iter().all(|&guard| guard == GUARD));
+        for (c, &y) in row[..cols].iter().enumerate() {
+            let terms = (0..k).map(|i| f64::from(x[r * x_stride + i]) * f64::from(w[c * w_stride + i].get()));
+            let (sum, magnitude) = terms.fold((0.0, 0.0), |(sum, all), term| (sum + term, all + term.abs()));
+            // Each of the eight lanes adds k / 8 terms one after the other, then three sums: the classic bound
+            // n · ε · Σ|terms| with n = k / 8 + 3, doubled where product and sum round separately.
+            let bound = 2.0 * (k / 8 + 4) as f64 * f64::from(f32::EPSILON) / 2.0 * magnitude;
+            assert!((f64::from(y) - sum).abs() <= bound, "{isa:?} {rows}x{cols}x{k} at {r},{c}: {y} and {sum}");
+        }
+        results.extend_from_slice(&row[..cols]);
+    }
+    assert_eq!(y[rows * y_stride..], [GUARD; 2]);
+    results
+}
+
+#[test]
+fn products_are_within_the_bound_of_f64() {
+    for isa in every_isa() {
+        for k in [1, 7, 8, 9, 64, 173, 1024, 1025, 2100] {
+            for (rows, cols) in [(1, 1), (1, 9), (2, 4), (3, 5), (4, 8), (7, 3), (BLOCK_ROWS, 6)] {
+                checked(isa, (rows, cols, k), |x| x);
+                checked(isa, (rows, cols, k), f16::from_f32);
+                checked(isa, (rows, cols, k), bf16::from_f32);
+            }
+        }
+    }
+}
+
+#[test]
+fn converted_weights_give_the_same_bits() {
+    let (rows, cols, k) = (13, 7, 1083);
+    for isa in every_isa() {
+        let mut next = noise(3);
+        let x: Vec<f32> = (0..rows * padded(k)).map(|i| if i % padded(k) < k { next() } else { 0.0 }).collect();
+        let w: Vec<bf16> = (0..cols * k).map(|_| bf16::from_f32(next())).collect();
+        let mut panel = vec![f32::NAN; cols * padded(k)];
+        isa.run(Convert { from: &w, k, to: &mut panel });
+        let (mut stored, mut converted, mut alone) = (vec![0.0; rows * cols], vec![0.0; rows * cols], vec![0.0; cols]);
+        let (x_stride, y_stride) = (padded(k), cols);
+        isa.run(MatMul { x: &x, x_stride, rows, w: &w, w_stride: k, k, cols, y: &mut stored, y_stride });
+        let w_stride = padded(k);
+        isa.run(MatMul { x: &x, x_stride, rows, w: &panel, w_stride, k, cols, y: &mut converted, y_stride });
+        assert_eq!(stored, converted);
+        // One row alone takes no tile of three, and no blocks of k.
+        for row in 0..rows {
+            let x = &x[row * x_stride..];
+            isa.run(MatMul { x, x_stride, rows: 1, w: &w, w_stride: k, k, cols, y: &mut alone, y_stride });
+            assert_eq!(alone, stored[row * cols..(row + 1) * cols]);
+        }
+    }
+}
+
+/// A model of odd sizes.
+fn model(dtype: Dtype) -> LlamaModel {
+    let json = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 44,
+        "intermediate_size": 61, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
+        "head_dim": 10, "vocab_size": 91, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": false}"#;
+    let config = Arc::new(LlamaConfig::from_json("config.json".as_ref(), json, None).unwrap());
+    let weights = Arc::new(LlamaWeights::random(&config, dtype, 8));
+    LlamaModel { role: Role::Small, name: "small".to_owned(), path: "memory".into(), config, weights, adapter: None }
+}
+
+/// Logits of the last tokens of a sequence of 290, decoded after a prompt, with a cache that holds `poison`.
+fn decode(dtype: Dtype, isa: Isa, poison: f32) -> Vec<Vec<f32>> {
+    let ensemble = Arc::new(Ensemble::from_models(vec![model(dtype)]).unwrap());
+    let limits = Limits { rows: 290, slots: 1, blocks: 40 };
+    let mut backend = CpuBackend::with_isa(ensemble, CpuOptions { threads: 2, limits }, isa).unwrap();
+    backend.caches[0].data_mut().fill(poison);
+    backend.logits.get_mut().fill(poison);
+    let tables = [BlockTable { blocks: (0..19).map(|i| i * 5 % 37).collect() }];
+    let row = |position: usize| Row {
+        model: 0,
+        table: 0,
+        position,
+        token: (position * position % 91) as u32,
+        slot: (position >= 280).then_some(0),
+    };
+    let mut logits = Vec::new();
+    let prompt: Vec<_> = (0..281).map(row).collect();
+    for rows in std::iter::once(prompt).chain((281..290).map(|position| vec![row(position)])) {
+        backend.forward(&Batch { rows: &rows, tables: &tables }).unwrap();
+        logits.push(backend.logits(0, 0).unwrap());
+    }
+    logits
+}
+
+#[test]
+fn what_is_not_written_is_not_read() {
+    for isa in every_isa() {
+        let clean = decode(Dtype::F32, isa, 0.0);
+        assert!(clean.iter().flatten().all(|logit| logit.is_finite()));
+        assert_eq!(clean, decode(Dtype::F32, isa, f32::NAN));
+    }
+}
+
+#[test]
+fn instruction_sets_agree() {
+    for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+        let portable = decode(dtype, Isa::Portable, 0.0);
+        let detected = decode(dtype, Isa::detect(), 0.0);
+        let difference = |(a, b): (&f32, &f32)| (a - b).abs();
+        let worst = portable.iter().flatten().zip(detected.iter().flatten()).map(difference).fold(0.0, f32::max);
+        // Without FMA every product rounds once more; logits are of the order of 1, and each side is within 1e-5
+        // of the definition.
+        assert!(worst < 1e-5, "{dtype:?}: {worst:e}");
+    }
+}
