@@ -45,7 +45,10 @@ impl AlphaGrid {
             expected: expected.to_owned(),
             found: format!("{start}:{stop}:{step}{}", if inclusive { ":inclusive" } else { "" }),
         };
-        if !(start.is_finite() && stop.is_finite() && step.is_finite()) || start.abs() > 1e6 || stop.abs() > 1e6 {
+        if !(start.is_finite() && stop.is_finite() && step.is_finite())
+            || start.abs() > 1e6
+            || stop.abs() > 1e6
+        {
             return Err(invalid("finite bounds and step within ±1e6"));
         }
         if step <= 0.0 {
