@@ -1,5 +1,8 @@
 //! The fast search against the paper written literally in f64, and the method's identities.
 
+// Helpers of tests may fail as tests do.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)]
+
 use dlf_engine::backend::cpu::fuse::{Fuser, Parallel, sequential};
 use dlf_engine::backend::{Choice, FuseRow};
 use dlf_engine::fusion::reference::{self, ReferenceRow};
@@ -72,7 +75,7 @@ impl Row {
 
 fn fuse_with(
     fuser: &mut Fuser,
-    run: &Parallel<'_>,
+    run: &mut Parallel<'_>,
     row: &Row,
     rule: &FusionRule,
     held: Option<(usize, f64)>,
@@ -84,7 +87,7 @@ fn fuse_with(
 }
 
 fn fuse(row: &Row, rule: &FusionRule) -> Result<Decision> {
-    fuse_with(&mut Fuser::new(), &sequential, row, rule, None)
+    fuse_with(&mut Fuser::new(), &mut sequential, row, rule, None)
 }
 
 fn grids(grids: &[AlphaGrid]) -> FusionRule {
@@ -220,7 +223,7 @@ fn thousands_of_rows_are_as_the_paper_says() {
         }
         let rule = some_rule(&mut rng, experts);
         for (fuser, name) in fusers.iter_mut().zip(["simd", "portable"]) {
-            let found = match fuse_with(fuser, &sequential, &row, &rule, None) {
+            let found = match fuse_with(fuser, &mut sequential, &row, &rule, None) {
                 Err(Error::NoCandidate { step: 3 }) => {
                     assert!(reference::decide(&row.logits(), &rule, None, 3).is_err());
                     continue;
@@ -269,11 +272,11 @@ fn weights_that_underflow_are_not_lost() {
                 grids(&[AlphaGrid::new(0.5, 1.0, 0.5, true).unwrap()]),
             ] {
                 for mut fuser in [Fuser::new(), Fuser::portable()] {
-                    let found = fuse_with(&mut fuser, &sequential, &row, &rule, None).unwrap();
+                    let found = fuse_with(&mut fuser, &mut sequential, &row, &rule, None).unwrap();
                     compare(&row, &rule, None, &found, &format!("gap {gap}, sign {sign}, {rule:?}"));
                     for alpha in [0.0, 0.7, -1.0, 5.0] {
                         let held = Some((0, alpha));
-                        let found = fuse_with(&mut fuser, &sequential, &row, &rule, held).unwrap();
+                        let found = fuse_with(&mut fuser, &mut sequential, &row, &rule, held).unwrap();
                         compare(&row, &rule, held, &found, &format!("gap {gap}, held {alpha}"));
                     }
                 }
@@ -474,7 +477,7 @@ fn threads_and_neighbours_change_nothing() {
     let refine = FusionRule::Dynamic(DynamicRule { mode: SearchMode::Refine, ..DynamicRule::default() });
     let rules = [FusionRule::default(), refine, FusionRule::Large, FusionRule::default(), FusionRule::Small];
     let alone: Vec<_> = rows.iter().zip(&rules).map(|(row, rule)| fuse(row, rule).unwrap()).collect();
-    let threads = |tasks: usize, task: &(dyn Fn(usize) + Sync)| {
+    let mut threads = |tasks: usize, task: &(dyn Fn(usize) + Sync)| {
         std::thread::scope(|scope| {
             for thread in 0..4 {
                 scope.spawn(move || (thread..tasks).step_by(4).rev().for_each(task));
@@ -488,7 +491,7 @@ fn threads_and_neighbours_change_nothing() {
     let mut decisions = Vec::new();
     let mut fuser = Fuser::new();
     for _ in 0..2 {
-        fuser.fuse(&threads, &batch, &|i| rows[i].logits(), &mut decisions);
+        fuser.fuse(&mut threads, &batch, &|i| rows[i].logits(), &mut decisions);
         let together: Vec<_> = decisions.drain(..).map(Result::unwrap).collect();
         assert_eq!(together, alone);
     }

@@ -1,5 +1,8 @@
 //! The sampler against its definition, written plainly in f64, and against exact probabilities.
 
+// Helpers of tests may fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use dlf_engine::sampling::{Sampler, SamplingParams};
 
 struct Rng(u64);

@@ -28,7 +28,7 @@ use crate::fusion::{Decision, Logits, PerExpert};
 
 /// Runs a task for each of 0, 1, … below a count, in any order and on any threads, and returns when all are
 /// done.
-pub type Parallel<'a> = dyn Fn(usize, &(dyn Fn(usize) + Sync)) + 'a;
+pub type Parallel<'a> = dyn FnMut(usize, &(dyn Fn(usize) + Sync)) + 'a;
 
 /// One after the other, on the calling thread.
 pub fn sequential(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
@@ -75,7 +75,7 @@ impl Fuser {
     /// - [`Error::TokenOutOfRange`](crate::Error::TokenOutOfRange) where a forced token is.
     pub fn fuse<'a>(
         &mut self,
-        parallel: &Parallel<'_>,
+        parallel: &mut Parallel<'_>,
         rows: &[FuseRow<'_>],
         logits: &(dyn Fn(usize) -> Logits<'a> + Sync),
         decisions: &mut Vec<Result<Decision>>,
