@@ -40,11 +40,7 @@ impl Lane {
             return Self::EMPTY;
         }
         let (a, b) = ((self.scale - scale).exp(), (other.scale - scale).exp());
-        Self {
-            scale,
-            sum: a * self.sum + b * other.sum,
-            weighted: a * self.weighted + b * other.weighted,
-        }
+        Self { scale, sum: a * self.sum + b * other.sum, weighted: a * self.weighted + b * other.weighted }
     }
 
     /// log Σ exp(x).

@@ -52,7 +52,11 @@ pub(super) struct RowState {
 
 impl RowState {
     /// What must be summed first, and over how many tokens; nothing where the row fails at once.
-    pub(super) fn open(&mut self, row: &FuseRow<'_>, logits: &Logits<'_>) -> (Option<PerExpert<Tilt>>, usize) {
+    pub(super) fn open(
+        &mut self,
+        row: &FuseRow<'_>,
+        logits: &Logits<'_>,
+    ) -> (Option<PerExpert<Tilt>>, usize) {
         self.next = None;
         self.result = None;
         let models = match Models::new(logits, row.rule) {
@@ -63,7 +67,8 @@ impl RowState {
             }
         };
         let experts = models.experts.len();
-        let held = |expert, alpha| Stage::Measure { expert: Some(expert), alpha: one_hot(experts, expert, alpha) };
+        let held =
+            |expert, alpha| Stage::Measure { expert: Some(expert), alpha: one_hot(experts, expert, alpha) };
         self.stage = match (row.rule, row.held) {
             (FusionRule::Dynamic(_), Some((expert, alpha))) => held(expert, alpha),
             (FusionRule::Dynamic(_), None) => Stage::Search,
@@ -85,7 +90,9 @@ impl RowState {
                 let tilt = |t| Tilt::expert(experts, t, Ladder::through(grid(rule, t)));
                 (0..experts).map(tilt).collect()
             }
-            Stage::Zoom { expert, ladder } => std::iter::once(Tilt::expert(experts, *expert, *ladder)).collect(),
+            Stage::Zoom { expert, ladder } => {
+                std::iter::once(Tilt::expert(experts, *expert, *ladder)).collect()
+            }
             Stage::Measure { alpha, .. } => std::iter::once(Tilt::fixed(alpha)).collect(),
         }
     }

@@ -18,8 +18,8 @@ use super::models::{Tile, TileCopy, VECTORS};
 use super::simd::{LANES, Simd};
 use super::slice::{Source, Tops, Vector};
 use super::sums::{Ladder, Sums, Tilt};
-use crate::fusion::{MAX_EXPERTS, PerExpert};
 use crate::fusion::cumulant::{Direction, Lane};
+use crate::fusion::{MAX_EXPERTS, PerExpert};
 
 /// The weights of the large model's lanes carry this power of two.
 const BIAS: i32 = 32;
