@@ -1,4 +1,5 @@
 //! Model directories: what loads, and that whatever doesn't is an error that names the file.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 #[path = "support/directory.rs"]
 mod directory;
@@ -430,7 +431,7 @@ fn corrupt(value: &mut Value, at: &mut usize, junk: &Value) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(512) })]
 
     #[test]
     fn hostile_configurations(field in 0_usize..16, value in junk(), extra in "[a-z_]{1,20}") {
@@ -486,7 +487,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(96) })]
 
     #[test]
     fn hostile_tokenizers(at in 0_usize..700, value in junk(), cut in any::<prop::sample::Index>(), kind in any::<bool>()) {

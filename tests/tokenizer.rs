@@ -1,4 +1,5 @@
 //! Tokenizers: text to ids and back, whole and as a stream; chat templates.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 #[path = "support/vocabulary.rs"]
 mod vocabulary;
@@ -190,7 +191,7 @@ fn add_bos_token_has_the_say_over_the_post_processor() {
 }
 
 #[test]
-fn huge_ids_and_dropout_are_refused() {
+fn huge_ids_dropout_and_marks_are_refused() {
     let mut tokenizer = vocabulary::byte_level();
     tokenizer["model"]["vocab"]["zzz"] = json!(u32::MAX);
     let message = from_files(&tokenizer, None, None).unwrap_err().to_string();
@@ -199,9 +200,15 @@ fn huge_ids_and_dropout_are_refused() {
     tokenizer["model"]["dropout"] = json!(0.1);
     let message = from_files(&tokenizer, None, None).unwrap_err().to_string();
     assert_eq!(message, "model/tokenizer.json: a BPE dropout of 0.1 is not supported");
+    let mut tokenizer = vocabulary::byte_level();
+    tokenizer["model"]["continuing_subword_prefix"] = json!("##");
+    let message = from_files(&tokenizer, None, None).unwrap_err().to_string();
+    assert_eq!(message, "model/tokenizer.json: the continuing_subword_prefix \"##\" is not supported");
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     #[test]
     fn any_text_survives_and_streams(text in "\\PC{0,40}") {
         for tokenizer in [vocabulary::byte_level(), vocabulary::sentencepiece()] {

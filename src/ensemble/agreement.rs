@@ -52,7 +52,7 @@ pub(super) fn check_tokens(
     let mut distinct: Vec<(Role, &crate::tokenizer::Tokenizer)> = Vec::new();
     for (model, tokenizer) in models.iter().zip(tokenizers) {
         if let Some(tokenizer) = tokenizer
-            && !distinct.iter().any(|(_, known)| known.is_same(tokenizer))
+            && !distinct.iter().any(|(_, known)| known.shares_vocabulary(tokenizer))
         {
             distinct.push((model.role, tokenizer));
         }

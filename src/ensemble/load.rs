@@ -6,7 +6,7 @@ use super::Ensemble;
 use crate::error::{Error, Result};
 use crate::model::{LlamaModel, MAX_EXPERTS, Role, is_adapter};
 #[cfg(feature = "tokenizer")]
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Parsed, Tokenizer};
 
 /// The directories of an ensemble.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -90,7 +90,7 @@ impl Loader {
 /// The tokenizer of every model; models that share weights share the tokenizer, unless an adapter brings its own.
 #[cfg(feature = "tokenizer")]
 fn tokenizers(models: &[LlamaModel]) -> Result<Vec<Option<Tokenizer>>> {
-    let mut tokenizers: Vec<Option<Tokenizer>> = Vec::new();
+    let (mut tokenizers, mut parsed): (Vec<Option<Tokenizer>>, _) = (Vec::new(), Parsed::default());
     for model in models {
         let twin = models
             .iter()
@@ -99,7 +99,7 @@ fn tokenizers(models: &[LlamaModel]) -> Result<Vec<Option<Tokenizer>>> {
         let shared = twin.and_then(|(_, tokenizer)| tokenizer.clone());
         tokenizers.push(match (shared, &model.adapter) {
             (Some(shared), None) => Some(shared),
-            (shared, _) => Tokenizer::load(&model.path)?.or(shared),
+            (shared, _) => Tokenizer::load_with(&model.path, &mut parsed)?.or(shared),
         });
     }
     Ok(tokenizers)

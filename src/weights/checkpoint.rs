@@ -156,30 +156,15 @@ impl Checkpoint {
         self.tensors.contains_key(name)
     }
 
-    /// The names of the tensors that were not taken yet, in order.
-    pub(crate) fn names(&self) -> Vec<String> {
-        let mut names: Vec<String> = self.tensors.keys().cloned().collect();
-        names.sort_unstable();
-        names
-    }
-
     /// Takes the tensor `name`, which must have `shape`.
     pub(crate) fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let expected = || format!("shape {shape:?}");
-        let Some(found) = self.tensors.get(name).map(|stored| stored.shape.clone()) else {
+        let Some(stored) = self.tensors.get(name) else {
             return Err(self.tensor_error(name, &expected(), "nothing"));
         };
-        if found != shape {
-            return Err(self.tensor_error(name, &expected(), &format!("shape {found:?}")));
+        if stored.shape != shape {
+            return Err(self.tensor_error(name, &expected(), &format!("shape {:?}", stored.shape)));
         }
-        self.take_any(name)
-    }
-
-    /// Takes the tensor `name`, whatever its shape.
-    pub(crate) fn take_any(&mut self, name: &str) -> Result<Tensor> {
-        let Some(stored) = self.tensors.get(name) else {
-            return Err(self.tensor_error(name, "a tensor", "nothing"));
-        };
         let dtype = match stored.dtype {
             safetensors::Dtype::F32 => Dtype::F32,
             safetensors::Dtype::F16 => Dtype::F16,
@@ -187,7 +172,7 @@ impl Checkpoint {
             other => return Err(self.tensor_error(name, "dtype F32, F16 or BF16", &other.to_string())),
         };
         let tensor = match self.files.get(stored.file) {
-            Some((_, storage)) => Tensor::new(storage, stored.bytes.clone(), dtype, stored.shape.clone()),
+            Some((_, storage)) => Tensor::new(storage, stored.bytes.clone(), dtype, shape.to_vec()),
             None => Err("no file".to_owned()),
         };
         let tensor =
@@ -198,7 +183,7 @@ impl Checkpoint {
 
     /// Refuses what nobody took and `harmless` doesn't know: weights that the model would be computed without.
     pub(crate) fn refuse_rest(&self, harmless: impl Fn(&str) -> bool) -> Result<()> {
-        match self.names().iter().find(|name| !harmless(name)) {
+        match self.tensors.keys().filter(|name| !harmless(name)).min() {
             Some(name) => {
                 Err(self.tensor_error(name, "no such tensor in a Llama of this configuration", "one"))
             }
