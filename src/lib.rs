@@ -16,5 +16,5 @@ pub mod sampling;
 pub mod tokenizer;
 pub mod weights;
 
-pub use ensemble::{Ensemble, EnsembleSpec, ExpertSpec};
+pub use ensemble::{Ensemble, EnsembleSpec, ExpertSpec, Memory};
 pub use error::{Error, Result};
