@@ -252,7 +252,10 @@ impl Generator {
         }
         end_token_ids.sort_unstable();
         #[cfg(feature = "tokenizer")]
-        let decoder = streams.first().and_then(|s| ensemble.tokenizer(s.model)).map(|t| t.decoder());
+        let decoder = streams.first().and_then(|stream| {
+            let tokenizer = ensemble.tokenizer(stream.model).or_else(|| ensemble.tokenizer_of_any())?;
+            Some(tokenizer.decoder_after(request.prompt(stream.model)))
+        });
         let text = text::Text {
             #[cfg(feature = "tokenizer")]
             decoder,

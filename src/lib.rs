@@ -34,7 +34,7 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use backend::{BackendOptions, Device, Limits};
-pub use ensemble::{Ensemble, EnsembleSpec, ExpertSpec};
+pub use ensemble::{Ensemble, EnsembleSpec, ExpertSpec, Memory};
 pub use error::{Error, Result};
 pub use fusion::FusionRule;
 pub use generate::{Generator, Request, Step};
