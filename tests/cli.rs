@@ -288,8 +288,8 @@ fn nan_weights_are_an_error_that_names_the_model() {
         (header["model.norm.weight"].clone(), 8 + length)
     };
     let start = data + header["data_offsets"][0].as_u64().unwrap() as usize;
-    assert_eq!(header["dtype"], "F32");
-    bytes[start..start + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    assert_eq!(header["dtype"], "BF16");
+    bytes[start..start + 2].copy_from_slice(&0x7fc0_u16.to_le_bytes());
     fs::write(&path, bytes).unwrap();
     let dir = dir.path().to_str().unwrap();
     let run = run(&["generate", "--small", dir, "--method", "small", "--prompt-ids", "1,2", "--json"]);
