@@ -39,3 +39,8 @@ pub use error::{Error, Result};
 pub use fusion::FusionRule;
 pub use generate::{Generator, Request, Step};
 pub use sampling::SamplingParams;
+
+/// The README's example is a test.
+#[cfg(all(doctest, feature = "demo", feature = "tokenizer"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

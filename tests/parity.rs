@@ -132,14 +132,19 @@ fn smollm2(dtype: &str, variable: &str) {
         let tokens: Vec<u32> = steps[input.len() - 1..].iter().map(|step| step.token).collect();
         assert_eq!(tokens, ids(&greedy["greedy_ids"]), "{name}");
         let text: String = steps[input.len() - 1..].iter().map(|step| step.piece.as_str()).collect();
-        assert_eq!(text.trim_start(), greedy["greedy_text"].as_str().unwrap().trim_start(), "{name}");
+        // Special tokens have no text here.
+        let expected = greedy["greedy_text"].as_str().unwrap().replace("<|im_end|>", "").replace("<|im_start|>", "");
+        assert_eq!(text, expected, "{name}");
         let logprobs = [&numbers(&greedy["input_log_probs"])[1..], &numbers(&greedy["greedy_log_probs"])].concat();
+        let mut worst: f64 = 0.0;
         for (step, expected) in steps.iter().zip(logprobs) {
-            // Thirty layers of f32 in another order of summation: the two engines differ by up to some 1e-4 in a logit
-            // of thirty; a wrong constant or position shows as 1e-1.
+            // Thirty layers of f32 in another order of summation: measured 4e-5 at worst, and five times that allowed.
+            // A wrong constant or position shows as 1e-2 and more.
             let found = step.decision.logprob_fused;
-            assert!((found - expected).abs() < 1e-3, "{name}, step {}: {found}, expected {expected}", step.index);
+            worst = worst.max((found - expected).abs());
+            assert!((found - expected).abs() < 2e-4, "{name}, step {}: {found}, expected {expected}", step.index);
         }
+        eprintln!("{name}: log-probabilities differ by at most {worst:.1e}");
     }
 }
 
