@@ -6,11 +6,13 @@ from transformers import AutoTokenizer, DynamicCache
 from . import models
 
 GREEDY_TOKENS = 48
+# Each greedy token's log-probability leads by at least this much, so that rounding cannot change it.
+LEAST_LEAD = 0.01
 PROMPTS = {
     "plain": {
         "text": "The lighthouse keeper climbed the stairs every evening before sunset. He carried a can of oil, a "
-        "clean cloth and a small book, and he never forgot to count the steps. One stormy night, however, he "
-        "heard a knock at the door, and"
+        "clean cloth and a small book, and he never forgot to count the steps. One stormy night he heard a knock "
+        "at the door, and"
     },
     "chat": {
         "messages": [
@@ -20,10 +22,12 @@ PROMPTS = {
     },
     "digits": {
         "text": "Question: In 2023 a ticket cost $1234.50, and in 2024 it cost 15% more. A group of 27 people buys "
-        "3 tickets each. How much do they pay?\nAnswer:"
+        "3 tickets each. How many tickets do they buy?\nAnswer:"
     },
+    # The continuation ends inside a character.
     "unicode": {
-        "text": "“Café” is naïve 🙂👩‍🚀 and 日本語 means the Japanese language; 你好 means hello, Привет means"
+        "text": "“Café” is naïve 🙂👩‍🚀; 日本語 means the Japanese language and 你好 means hello. In Russian, "
+        "Привет means"
     },
 }
 
@@ -39,21 +43,40 @@ def greedy(model, ids):
     return generated
 
 
-def results(model, ids):
-    """The continuation, and the log-probability of each token of prompt and continuation."""
-    generated = greedy(model, ids)
-    sequence = torch.tensor(ids + generated)
-    rows = models.log_probs(models.logits_of(model, sequence[:-1].tolist()))
-    chosen = rows.gather(1, sequence[1:, None])[:, 0].tolist()
-    best, second = rows[len(ids) - 1 :].topk(2).values.T
-    if not torch.equal(rows[len(ids) - 1 :].argmax(1), sequence[len(ids) :]):
-        raise ValueError("with and without a cache the greedy tokens differ: choose another prompt")
-    return {
-        "greedy_ids": generated,
-        "greedy_leads": rounded((best - second).tolist()),
-        "input_log_probs": [None, *rounded(chosen[: len(ids) - 1])],
-        "greedy_log_probs": rounded(chosen[len(ids) - 1 :]),
-    }
+def results(directory, records, tokenizer):
+    """For each prompt the continuation, and the log-probability of each token of prompt and continuation."""
+    model = models.load(directory)
+    all_results, scored = {}, {}
+    for name, record in records.items():
+        ids = record["input_ids"]
+        generated = greedy(model, ids)
+        rows, chosen = score(model, ids + generated)
+        continuation = rows[len(ids) - 1 :]
+        if continuation.argmax(1).tolist() != generated:
+            raise ValueError(f"{name}: the greedy tokens differ with and without a cache")
+        best, second = continuation.topk(2).values.T
+        leads = (best - second).tolist()
+        if min(leads) < LEAST_LEAD:
+            raise ValueError(f"{name}: a greedy token leads by {min(leads)} alone")
+        scored[name] = chosen
+        all_results[name] = {
+            "greedy_ids": generated,
+            "greedy_text": tokenizer.decode(generated),
+            "greedy_leads": rounded(leads),
+            "input_log_probs": [None, *rounded(chosen[: len(ids) - 1].tolist())],
+            "greedy_log_probs": rounded(chosen[len(ids) - 1 :].tolist()),
+        }
+    model = model.double()
+    for name, result in all_results.items():
+        _, chosen = score(model, records[name]["input_ids"] + result["greedy_ids"])
+        result["largest_difference_from_f64"] = float((chosen - scored[name]).abs().max())
+    return all_results
+
+
+def score(model, ids):
+    """Log-probabilities [len(ids) - 1, vocab] in one pass, and those of the tokens that came [len(ids) - 1]."""
+    rows = models.log_probs(models.logits_of(model, ids[:-1]))
+    return rows, rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
 def rounded(values):
@@ -76,10 +99,8 @@ def make(path, directories):
             raise ValueError(f"{name}: the text does not survive its tokens")
         records[name] = record
     for dtype, directory in directories.items():
-        model = models.load(directory)
-        for record in records.values():
-            record[dtype] = results(model, record["input_ids"])
-            record[dtype]["greedy_text"] = tokenizer.decode(record[dtype]["greedy_ids"])
+        for name, result in results(directory, records, tokenizer).items():
+            records[name][dtype] = result
     models.write_json(
         path,
         {
