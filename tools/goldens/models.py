@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 
-# Hashed tokens and thread counts must not reach the data; the model hub must not be asked.
+# Everything is local: the model hub must not be asked.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np

@@ -80,7 +80,7 @@ def score(model, ids):
 
 
 def rounded(values):
-    """Seven digits: below the f32 resolution of a log-probability of this size."""
+    """Seven decimals: well below the f32 noise of these numbers."""
     return [round(value, 7) for value in values]
 
 
