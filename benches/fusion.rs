@@ -102,7 +102,7 @@ fn search(bencher: Bencher<'_, '_>, size: (usize, usize), rule: DynamicRule, mut
     let row = FuseRow { slot: 0, step: 0, rule: &rule, held: None, choice: Choice::Forced(1) };
     let mut decisions = Vec::new();
     bencher.bench_local(|| {
-        fuser.fuse(&sequential, black_box(&[row]), &|_| models.logits(), &mut decisions);
+        fuser.fuse(&mut sequential, black_box(&[row]), &|_| models.logits(), &mut decisions);
         decisions.len()
     });
 }

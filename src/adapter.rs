@@ -134,8 +134,20 @@ impl LoraAdapter {
 
     /// Bytes that the adapter takes, as stored.
     pub fn bytes(&self) -> usize {
-        let deltas = self.layers.iter().flat_map(|layer| layer.deltas.iter().flatten());
-        deltas.map(|delta| delta.a.as_bytes().len() + delta.b.as_bytes().len()).sum()
+        self.tensors().map(|tensor| tensor.as_bytes().len()).sum()
+    }
+
+    /// Numbers that the adapter has.
+    pub fn num_parameters(&self) -> usize {
+        self.tensors().map(|tensor| tensor.shape().iter().product::<usize>()).sum()
+    }
+
+    /// Every tensor.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.layers
+            .iter()
+            .flat_map(|layer| layer.deltas.iter().flatten())
+            .flat_map(|delta| [&delta.a, &delta.b])
     }
 }
 

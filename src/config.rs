@@ -174,9 +174,9 @@ impl LlamaConfig {
         }
     }
 
-    /// Numbers that one token adds to the key-value cache: keys and values of every layer.
-    pub fn kv_values_per_token(&self) -> usize {
-        2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+    /// Bytes that one token adds to the key-value cache: keys and values of every layer, in f32.
+    pub fn kv_bytes_per_token(&self) -> usize {
+        2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * size_of::<f32>()
     }
 }
 
@@ -330,7 +330,7 @@ impl RopeScaling {
             Some(name) => name,
             None => rope.str("type")?.unwrap_or("default"),
         };
-        let growth = || rope.required_number("factor", "a number from 1", |x| x >= 1.0 && x <= 1e6);
+        let growth = || rope.required_number("factor", "a number from 1", |x| (1.0..=1e6).contains(&x));
         match name {
             "default" => Ok(Self::Default),
             "linear" => Ok(Self::Linear { factor: growth()? }),
@@ -373,11 +373,11 @@ impl RopeScaling {
     fn yarn(config: &Object, rope: &Object, max_position_embeddings: usize) -> Result<Self> {
         let original = original_context(config, rope, max_position_embeddings)?;
         let factor = rope
-            .number("factor", "a number from 1", |x| x >= 1.0 && x <= 1e6)?
+            .number("factor", "a number from 1", |x| (1.0..=1e6).contains(&x))?
             .unwrap_or(max_position_embeddings as f64 / original as f64);
         // Zero counts as absent for these four, as in transformers.
         let optional = |field| -> Result<Option<f64>> {
-            let value = rope.number(field, "a number from 0", |x| x >= 0.0 && x <= 1e6)?;
+            let value = rope.number(field, "a number from 0", |x| (0.0..=1e6).contains(&x))?;
             Ok(value.filter(|&value| value != 0.0))
         };
         // Equation 22 of the paper, with DeepSeek's weights of it.

@@ -1,30 +1,81 @@
 //! `Ensemble`: the models, their roles, and what they must agree on.
 
+mod agreement;
+mod load;
+
 use std::sync::Arc;
 
+pub use load::{EnsembleSpec, ExpertSpec};
+
 use crate::error::{Error, Result};
-use crate::model::LlamaModel;
+use crate::fusion::FusionRule;
+use crate::model::{LlamaModel, MAX_EXPERTS, Role};
+#[cfg(feature = "tokenizer")]
+use crate::tokenizer::Tokenizer;
 
 /// The models that decode together. Immutable; cheap to share by [`Arc`].
 #[derive(Debug)]
 pub struct Ensemble {
     models: Vec<Arc<LlamaModel>>,
+    /// One a model.
+    #[cfg(feature = "tokenizer")]
+    tokenizers: Vec<Option<Tokenizer>>,
     vocab_size: usize,
+    eos_token_ids: Vec<u32>,
+}
+
+/// What an ensemble keeps in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Bytes of all weights and adapters; those that models share count once.
+    pub weight_bytes: usize,
+    /// Bytes that one token of every model adds to the key-value caches.
+    pub kv_bytes_per_token: usize,
 }
 
 impl Ensemble {
     /// An ensemble of models without tokenizers: prompts and results are token ids.
     ///
+    /// The models are in the order of [`models`](Self::models).
+    ///
     /// # Errors
-    /// [`Error::Parameter`] where there is no model.
+    /// [`Error::Parameter`] where there is no model, too many experts, or the roles are out of order;
+    /// [`Error::Mismatch`] where an expert has another architecture than the small model.
     pub fn from_models(models: Vec<LlamaModel>) -> Result<Self> {
-        let vocab_size = models.iter().map(|model| model.config.vocab_size).min();
-        let vocab_size = vocab_size.ok_or_else(|| Error::Parameter {
-            name: "models",
-            expected: "at least one".to_owned(),
-            found: "none".to_owned(),
-        })?;
-        Ok(Self { models: models.into_iter().map(Arc::new).collect(), vocab_size })
+        check_roles(&models)?;
+        agreement::check_architectures(&models)?;
+        let vocab_size = models.iter().map(|model| model.config.vocab_size).min().unwrap_or_default();
+        let mut eos_token_ids: Vec<u32> =
+            models.iter().flat_map(|model| model.config.eos_token_ids.iter().copied()).collect();
+        eos_token_ids.retain(|&id| (id as usize) < vocab_size);
+        eos_token_ids.sort_unstable();
+        eos_token_ids.dedup();
+        Ok(Self {
+            #[cfg(feature = "tokenizer")]
+            tokenizers: models.iter().map(|_| None).collect(),
+            models: models.into_iter().map(Arc::new).collect(),
+            vocab_size,
+            eos_token_ids,
+        })
+    }
+
+    /// The same ensemble with tokenizers, one a model, `None` where a model has none.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] where two of them have different tokens under one id of the shared vocabulary, which is
+    /// the first such id; [`Error::Parameter`] where they are not one a model.
+    #[cfg(feature = "tokenizer")]
+    pub fn with_tokenizers(mut self, tokenizers: Vec<Option<Tokenizer>>) -> Result<Self> {
+        if tokenizers.len() != self.models.len() {
+            return Err(Error::Parameter {
+                name: "tokenizers",
+                expected: format!("{}, one a model", self.models.len()),
+                found: tokenizers.len().to_string(),
+            });
+        }
+        agreement::check_tokens(&self.models, &tokenizers, self.vocab_size)?;
+        self.tokenizers = tokenizers;
+        Ok(self)
     }
 
     /// The models: large, small, then the experts in the order they were given; those that a method doesn't need
@@ -37,4 +88,139 @@ impl Ensemble {
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
+
+    /// The ids that end a sequence: those of all models, within the shared vocabulary, in order.
+    pub fn eos_token_ids(&self) -> &[u32] {
+        &self.eos_token_ids
+    }
+
+    /// The index of the model with this role.
+    pub fn index(&self, role: Role) -> Option<usize> {
+        self.models.iter().position(|model| model.role == role)
+    }
+
+    /// How many experts there are.
+    pub fn num_experts(&self) -> usize {
+        self.models.iter().filter(|model| matches!(model.role, Role::Expert(_))).count()
+    }
+
+    /// The name of expert `expert`.
+    pub fn expert_name(&self, expert: usize) -> Option<&str> {
+        let index = self.index(Role::Expert(expert))?;
+        self.models.get(index).map(|model| model.name.as_str())
+    }
+
+    /// The longest context of the model with this index, in tokens; 0 where there is none.
+    pub fn context(&self, model: usize) -> usize {
+        self.models.get(model).map_or(0, |model| model.config.context())
+    }
+
+    /// The tokenizer of the model with this index. A LoRA expert has the small model's unless it brings its own.
+    #[cfg(feature = "tokenizer")]
+    pub fn tokenizer(&self, model: usize) -> Option<&Tokenizer> {
+        self.tokenizers.get(model).and_then(Option::as_ref)
+    }
+
+    /// The first tokenizer that there is: within the shared vocabulary, ids mean the same to all.
+    #[cfg(feature = "tokenizer")]
+    pub fn tokenizer_of_any(&self) -> Option<&Tokenizer> {
+        self.tokenizers.iter().flatten().next()
+    }
+
+    /// What the models keep in memory.
+    pub fn memory(&self) -> Memory {
+        let mut seen: Vec<*const crate::weights::LlamaWeights> = Vec::new();
+        let mut memory = Memory::default();
+        for model in &self.models {
+            memory.kv_bytes_per_token += model.config.kv_bytes_per_token();
+            memory.weight_bytes += model.adapter.as_ref().map_or(0, |adapter| adapter.bytes());
+            let weights = Arc::as_ptr(&model.weights);
+            if !seen.contains(&weights) {
+                seen.push(weights);
+                memory.weight_bytes += model.weights.bytes();
+            }
+        }
+        memory
+    }
+
+    /// The indices of the models that `rule` runs; empty where the ensemble lacks one of them.
+    pub fn models_for(&self, rule: &FusionRule) -> Vec<usize> {
+        let alone = |role| self.index(role).into_iter().collect();
+        match rule {
+            FusionRule::Large => alone(Role::Large),
+            FusionRule::Small => alone(Role::Small),
+            FusionRule::Expert(expert) => alone(Role::Expert(*expert)),
+            FusionRule::Dynamic(_) | FusionRule::Static(_) if self.check_rule(rule).is_ok() => {
+                (0..self.models.len()).collect()
+            }
+            FusionRule::Dynamic(_) | FusionRule::Static(_) => Vec::new(),
+        }
+    }
+
+    /// Checks that the ensemble has the models of `rule`, and `rule` a grid or an α for each expert.
+    ///
+    /// # Errors
+    /// [`Error::MissingModel`], and [`Error::Parameter`] where the number of grids or of α is neither 1 nor that of
+    /// the experts, or an α is not finite.
+    pub fn check_rule(&self, rule: &FusionRule) -> Result<()> {
+        let missing = |what: &str| Err(Error::MissingModel { method: rule.name(), what: what.to_owned() });
+        let experts = self.num_experts();
+        let has = |role| self.index(role).is_some();
+        let per_expert = |name: &'static str, found: usize| match found {
+            1 => Ok(()),
+            found if found == experts => Ok(()),
+            found => {
+                let expected =
+                    if experts == 1 { "1".to_owned() } else { format!("1 or {experts}, one an expert") };
+                Err(Error::Parameter { name, expected, found: found.to_string() })
+            }
+        };
+        match rule {
+            FusionRule::Large if !has(Role::Large) => missing("a large model"),
+            FusionRule::Small if !has(Role::Small) => missing("a small model"),
+            FusionRule::Expert(0) if experts == 0 => missing("an expert"),
+            FusionRule::Expert(expert) if *expert >= experts => {
+                missing(&format!("expert {expert}, and there are {experts}, counted from 0"))
+            }
+            FusionRule::Large | FusionRule::Small | FusionRule::Expert(_) => Ok(()),
+            FusionRule::Dynamic(_) | FusionRule::Static(_) if !has(Role::Large) => missing("a large model"),
+            FusionRule::Dynamic(_) | FusionRule::Static(_) if !has(Role::Small) => missing("a small model"),
+            FusionRule::Dynamic(_) | FusionRule::Static(_) if experts == 0 => missing("an expert"),
+            FusionRule::Dynamic(rule) if rule.every == 0 => Err(Error::Parameter {
+                name: "alpha every",
+                expected: "at least 1".to_owned(),
+                found: "0".to_owned(),
+            }),
+            FusionRule::Dynamic(rule) => per_expert("number of alpha grids", rule.grids.len()),
+            FusionRule::Static(alphas) => match alphas.iter().find(|alpha| !alpha.is_finite()) {
+                Some(alpha) => Err(Error::Parameter {
+                    name: "alpha",
+                    expected: "a finite number".to_owned(),
+                    found: alpha.to_string(),
+                }),
+                None => per_expert("number of alphas", alphas.len()),
+            },
+        }
+    }
+}
+
+/// Checks that there are models, and that they are in order: large, small, experts from 0 on.
+fn check_roles(models: &[LlamaModel]) -> Result<()> {
+    let invalid = |expected: String| {
+        let found: Vec<String> = models.iter().map(|model| model.role.to_string()).collect();
+        Err(Error::Parameter { name: "models", expected, found: format!("[{}]", found.join(", ")) })
+    };
+    if models.is_empty() {
+        return invalid("at least one model".to_owned());
+    }
+    let roles: Vec<Role> = models.iter().map(|model| model.role).collect();
+    let rest = roles.strip_prefix(&[Role::Large]).unwrap_or(&roles);
+    let rest = rest.strip_prefix(&[Role::Small]).unwrap_or(rest);
+    if rest.len() > MAX_EXPERTS {
+        return invalid(format!("at most {MAX_EXPERTS} experts"));
+    }
+    if rest.iter().enumerate().any(|(index, &role)| role != Role::Expert(index)) {
+        return invalid("large, small, then experts counted from 0".to_owned());
+    }
+    Ok(())
 }

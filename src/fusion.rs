@@ -131,6 +131,8 @@ impl DynamicRule {
 }
 
 /// How the logits of an ensemble become one distribution.
+// There is one for each request, and it is passed by reference: a box would save nothing.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug, PartialEq)]
 pub enum FusionRule {
     /// α by matching KL divergences, one expert active a step.

@@ -224,6 +224,7 @@ impl Generator {
         }
         let used = ensemble.models_for(&request.rule);
         let mut streams = Vec::with_capacity(used.len());
+        let mut most_new_tokens = request.max_new_tokens;
         for model in used {
             let role = ensemble.models()[model].role;
             let prompt = request.prompt(model);
@@ -239,18 +240,22 @@ impl Generator {
                 return Err(Error::PromptTooLong { role, tokens, context });
             }
             // The last token is decided and never read.
-            request.max_new_tokens = request.max_new_tokens.min(context - tokens + 1);
+            most_new_tokens = most_new_tokens.min(context - tokens + 1);
             let prompt_len = prompt.len();
             let tokens = prompt.iter().chain(&request.forced).copied().collect();
             streams.push(Stream { model, tokens, prompt_len, table: usize::MAX, computed: 0 });
         }
+        request.max_new_tokens = most_new_tokens;
         let mut end_token_ids = request.stop_token_ids.clone();
         if !request.ignore_eos {
             end_token_ids.extend(ensemble.eos_token_ids());
         }
         end_token_ids.sort_unstable();
         #[cfg(feature = "tokenizer")]
-        let decoder = streams.first().and_then(|s| ensemble.tokenizer(s.model)).map(|t| t.decoder());
+        let decoder = streams.first().and_then(|stream| {
+            let tokenizer = ensemble.tokenizer(stream.model).or_else(|| ensemble.tokenizer_of_any())?;
+            Some(tokenizer.decoder_after(request.prompt(stream.model)))
+        });
         let text = text::Text {
             #[cfg(feature = "tokenizer")]
             decoder,

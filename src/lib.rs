@@ -34,8 +34,13 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use backend::{BackendOptions, Device, Limits};
-pub use ensemble::{Ensemble, EnsembleSpec, ExpertSpec};
+pub use ensemble::{Ensemble, EnsembleSpec, ExpertSpec, Memory};
 pub use error::{Error, Result};
 pub use fusion::FusionRule;
 pub use generate::{Generator, Request, Step};
 pub use sampling::SamplingParams;
+
+/// The README's example is a test.
+#[cfg(all(doctest, feature = "demo", feature = "tokenizer"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

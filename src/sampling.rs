@@ -62,7 +62,9 @@ impl SamplingParams {
             let error = || Error::Parameter { name, expected: expected.to_owned(), found: found.to_string() };
             if valid { Ok(()) } else { Err(error()) }
         };
-        let &Self { temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, .. } = self;
+        let &Self {
+            temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, ..
+        } = self;
         check(temperature.is_finite() && temperature >= 0.0, "temperature", "0 or more", temperature)?;
         check(top_p > 0.0 && top_p <= 1.0, "top_p", "more than 0, at most 1", top_p)?;
         check((0.0..=1.0).contains(&min_p), "min_p", "0 to 1", min_p)?;

@@ -14,7 +14,7 @@ pub use template::Message;
 
 use crate::config::MAX_VOCAB;
 use crate::error::{Error, Result};
-use crate::json::{MAX_CONFIG_BYTES, Object, read_file, read_text};
+use crate::json::{MAX_CONFIG_BYTES, Object, read_file, read_text, show};
 use pieces::Pieces;
 use template::ChatTemplate;
 
@@ -22,6 +22,7 @@ use template::ChatTemplate;
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 const TOKENIZER: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
 /// The tokenizer of one model. Cheap to clone.
@@ -31,13 +32,22 @@ pub struct Tokenizer {
 }
 
 struct Inner {
-    path: PathBuf,
-    tokenizer: tokenizers::Tokenizer,
-    pieces: Pieces,
+    vocabulary: Arc<Vocabulary>,
     /// Where tokenizer_config.json says whether BOS and EOS are added, that holds instead of the post-processor.
     added: Option<Added>,
     template: ChatTemplate,
 }
+
+/// What tokenizer.json says. Models of one family have the same file, which is parsed once.
+struct Vocabulary {
+    path: PathBuf,
+    tokenizer: tokenizers::Tokenizer,
+    pieces: Pieces,
+}
+
+/// The vocabularies that were parsed already, by the text they were parsed from.
+#[derive(Default)]
+pub(crate) struct Parsed(Vec<(Vec<u8>, Arc<Vocabulary>)>);
 
 /// The tokens that go around a prompt.
 #[derive(Clone, Copy, Debug)]
@@ -66,17 +76,32 @@ impl Tokenizer {
     /// [`Error::Io`], [`Error::Tokenizer`], [`Error::Config`] where a file is malformed, [`Error::Unsupported`]
     /// where its decoder is not one of a Llama tokenizer. A malformed chat template is an error only when it is used.
     pub fn load(dir: &Path) -> Result<Option<Self>> {
-        let Some(tokenizer) = read_file(&dir.join(TOKENIZER), MAX_TOKENIZER_BYTES)? else { return Ok(None) };
+        Self::load_with(dir, &mut Parsed::default())
+    }
+
+    /// Like [`load`](Self::load), without parsing again what is in `parsed`.
+    pub(crate) fn load_with(dir: &Path, parsed: &mut Parsed) -> Result<Option<Self>> {
+        let path = dir.join(TOKENIZER);
+        let Some(tokenizer) = read_file(&path, MAX_TOKENIZER_BYTES)? else { return Ok(None) };
+        let known = parsed.0.iter().find(|(text, _)| *text == tokenizer).map(|(_, known)| Arc::clone(known));
+        let vocabulary = match known {
+            Some(known) => known,
+            None => {
+                let vocabulary = Arc::new(Vocabulary::new(path, &tokenizer)?);
+                parsed.0.push((tokenizer, Arc::clone(&vocabulary)));
+                vocabulary
+            }
+        };
         let text = |name: &str| read_text(&dir.join(name), MAX_CONFIG_BYTES);
-        let (config, special_tokens_map) = (text(TOKENIZER_CONFIG)?, text("special_tokens_map.json")?);
+        let (config, special_tokens_map) = (text(TOKENIZER_CONFIG)?, text(SPECIAL_TOKENS_MAP)?);
         let chat_template = text(CHAT_TEMPLATE)?;
         let files = TokenizerFiles {
-            tokenizer: &tokenizer,
+            tokenizer: &[],
             config: config.as_deref(),
             special_tokens_map: special_tokens_map.as_deref(),
             chat_template: chat_template.as_deref(),
         };
-        Self::from_files(dir, files).map(Some)
+        Self::new(dir, vocabulary, files).map(Some)
     }
 
     /// Like [`load`](Self::load), from the files' texts; `dir` is for messages.
@@ -84,36 +109,19 @@ impl Tokenizer {
     /// # Errors
     /// As [`load`](Self::load).
     pub fn from_files(dir: &Path, files: TokenizerFiles<'_>) -> Result<Self> {
-        let path = dir.join(TOKENIZER);
-        let malformed = |reason: String| Error::Tokenizer { path: path.clone(), reason };
-        // The crate panics on some malformed texts, so it is given what was parsed before.
-        let json: Value =
-            serde_json::from_slice(files.tokenizer).map_err(|error| malformed(error.to_string()))?;
-        refuse_dropout(&path, &json)?;
-        let decoder = json.get("decoder").cloned().unwrap_or_default();
-        let mut tokenizer: tokenizers::Tokenizer =
-            serde_json::from_value(json).map_err(|error| malformed(error.to_string()))?;
-        // Both are about batches of training; left on, they would cut prompts.
-        tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|error| malformed(error.to_string()))?;
-        if let Some((token, id)) =
-            tokenizer.get_vocab(true).into_iter().find(|&(_, id)| id as usize >= MAX_VOCAB)
-        {
-            return Err(malformed(format!(
-                "token {token:?} has the id {id}; the largest supported is {}",
-                MAX_VOCAB - 1
-            )));
-        }
-        let pieces = Pieces::new(&path, &tokenizer, &decoder)?;
+        let vocabulary = Vocabulary::new(dir.join(TOKENIZER), files.tokenizer)?;
+        Self::new(dir, Arc::new(vocabulary), files)
+    }
 
-        let config = files.config.map(|text| Object::parse(&dir.join(TOKENIZER_CONFIG), text)).transpose()?;
-        let map = files
-            .special_tokens_map
-            .map(|text| Object::parse(&dir.join("special_tokens_map.json"), text))
-            .transpose()?;
+    fn new(dir: &Path, vocabulary: Arc<Vocabulary>, files: TokenizerFiles<'_>) -> Result<Self> {
+        let parse = |name: &str, text: Option<&str>| {
+            text.map(|text| Object::parse(&dir.join(name), text)).transpose()
+        };
+        let config = parse(TOKENIZER_CONFIG, files.config)?;
+        let map = parse(SPECIAL_TOKENS_MAP, files.special_tokens_map)?;
         let template = ChatTemplate::new(dir, config.as_ref(), map.as_ref(), files.chat_template)?;
-        let added = added(&tokenizer, config.as_ref(), &template)?;
-        Ok(Self { inner: Arc::new(Inner { path, tokenizer, pieces, added, template }) })
+        let added = added(&vocabulary.tokenizer, config.as_ref(), &template)?;
+        Ok(Self { inner: Arc::new(Inner { vocabulary, added, template }) })
     }
 
     /// The tokens of `text`. Special tokens that are written out in `text` are recognised. `add_special` also adds
@@ -125,11 +133,10 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         let added = self.inner.added.filter(|_| add_special);
         let by_post_processor = add_special && added.is_none();
-        let encoding = self
-            .inner
-            .tokenizer
+        let Vocabulary { path, tokenizer, .. } = &*self.inner.vocabulary;
+        let encoding = tokenizer
             .encode_fast(text, by_post_processor)
-            .map_err(|error| Error::Tokenizer { path: self.inner.path.clone(), reason: error.to_string() })?;
+            .map_err(|error| Error::Tokenizer { path: path.clone(), reason: error.to_string() })?;
         let ids = encoding.get_ids();
         let Some(Added { bos, eos }) = added else { return Ok(ids.to_vec()) };
         Ok(bos.into_iter().chain(ids.iter().copied()).chain(eos).collect())
@@ -145,34 +152,39 @@ impl Tokenizer {
 
     /// A streaming decoder for a text that starts with its first token.
     pub fn decoder(&self) -> Decoder {
-        Decoder::new(Arc::clone(&self.inner), true)
+        Decoder::new(Arc::clone(&self.inner.vocabulary), true)
     }
 
     /// A streaming decoder for a text that goes on after `prompt`: the space that begins a word stays, where at the
     /// start of a text it would be dropped.
     pub fn decoder_after(&self, prompt: &[u32]) -> Decoder {
         let starts = prompt.iter().all(|&id| self.piece(id).is_empty());
-        Decoder::new(Arc::clone(&self.inner), starts)
+        Decoder::new(Arc::clone(&self.inner.vocabulary), starts)
     }
 
     /// The bytes that token `id` stands for inside a text; empty for special tokens and ids that no token has.
     pub fn piece(&self, id: u32) -> &[u8] {
-        self.inner.pieces.get(id)
+        self.inner.vocabulary.pieces.get(id)
     }
 
     /// Token `id` as the vocabulary writes it.
     pub fn token(&self, id: u32) -> Option<String> {
-        self.inner.tokenizer.id_to_token(id)
+        self.inner.vocabulary.tokenizer.id_to_token(id)
     }
 
     /// The id of a token that is written as the vocabulary writes it.
     pub fn token_id(&self, token: &str) -> Option<u32> {
-        self.inner.tokenizer.token_to_id(token)
+        self.inner.vocabulary.tokenizer.token_to_id(token)
     }
 
     /// One more than the largest id that a token has.
     pub fn vocab_size(&self) -> usize {
-        self.inner.pieces.len()
+        self.inner.vocabulary.pieces.len()
+    }
+
+    /// Whether the two were loaded from the same text of `tokenizer.json`.
+    pub fn shares_vocabulary(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner.vocabulary, &other.inner.vocabulary)
     }
 
     /// Whether there is a chat template.
@@ -190,23 +202,53 @@ impl Tokenizer {
     }
 }
 
+impl Vocabulary {
+    fn new(path: PathBuf, text: &[u8]) -> Result<Self> {
+        let malformed = |reason: String| Error::Tokenizer { path: path.clone(), reason };
+        // The crate panics on some malformed texts, so it is given what was parsed before.
+        let json: Value = serde_json::from_slice(text).map_err(|error| malformed(error.to_string()))?;
+        refuse_unsupported(&path, &json)?;
+        let decoder = json.get("decoder").cloned().unwrap_or_default();
+        let mut tokenizer: tokenizers::Tokenizer =
+            serde_json::from_value(json).map_err(|error| malformed(error.to_string()))?;
+        // Both are about batches of training; left on, they would cut prompts.
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(|error| malformed(error.to_string()))?;
+        let largest = tokenizer.get_vocab(true).into_iter().max_by_key(|&(_, id)| id);
+        let size = match largest {
+            Some((token, id)) if id as usize >= MAX_VOCAB => {
+                let reason =
+                    format!("token {token:?} has the id {id}; the largest supported is {}", MAX_VOCAB - 1);
+                return Err(malformed(reason));
+            }
+            Some((_, id)) => id as usize + 1,
+            None => 0,
+        };
+        let pieces = Pieces::new(&path, &tokenizer, &decoder, size)?;
+        Ok(Self { path, tokenizer, pieces })
+    }
+}
+
 impl fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tokenizer")
-            .field("path", &self.inner.path)
+            .field("path", &self.inner.vocabulary.path)
             .field("vocab_size", &self.vocab_size())
             .finish_non_exhaustive()
     }
 }
 
-/// BPE dropout would give the same prompt other tokens each time.
-fn refuse_dropout(path: &Path, tokenizer: &Value) -> Result<()> {
-    match tokenizer.pointer("/model/dropout").and_then(Value::as_f64) {
-        Some(dropout) if dropout != 0.0 => {
-            Err(Error::Unsupported { path: path.to_owned(), what: format!("a BPE dropout of {dropout}") })
-        }
-        _ => Ok(()),
-    }
+/// Refuses what no Llama tokenizer has: dropout would give one prompt other tokens each time, and a mark on parts of
+/// words would show in the text.
+fn refuse_unsupported(path: &Path, tokenizer: &Value) -> Result<()> {
+    let what = match tokenizer.pointer("/model/dropout").and_then(Value::as_f64) {
+        Some(dropout) if dropout != 0.0 => Some(format!("a BPE dropout of {dropout}")),
+        _ => ["continuing_subword_prefix", "end_of_word_suffix"].into_iter().find_map(|field| {
+            let mark = tokenizer.get("model")?.get(field)?;
+            (!mark.is_null() && mark != "").then(|| format!("the {field} {}", show(mark)))
+        }),
+    };
+    what.map_or(Ok(()), |what| Err(Error::Unsupported { path: path.to_owned(), what }))
 }
 
 /// `add_bos_token` and `add_eos_token`; where either is there, transformers goes by them alone.

@@ -108,15 +108,20 @@ pub struct LlamaWeights {
 
 impl fmt::Display for Dtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-        })
+        f.write_str(self.name())
     }
 }
 
 impl Dtype {
+    /// `f32`, `f16` or `bf16`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
+
     /// Bytes of one number.
     pub fn size(self) -> usize {
         match self {
@@ -331,10 +336,21 @@ impl LlamaWeights {
 
     /// Bytes that the weights take, as stored; a tied embedding counts once.
     pub fn bytes(&self) -> usize {
-        let layers: usize =
-            self.layers.iter().flat_map(layer_tensors).map(|tensor| tensor.as_bytes().len()).sum();
-        let head = if self.lm_head.is_same(&self.embed_tokens) { 0 } else { self.lm_head.as_bytes().len() };
-        self.embed_tokens.as_bytes().len() + layers + self.norm.as_bytes().len() + head
+        self.tensors().map(|tensor| tensor.as_bytes().len()).sum()
+    }
+
+    /// Numbers that the weights have; a tied embedding counts once.
+    pub fn num_parameters(&self) -> usize {
+        self.tensors().map(|tensor| tensor.shape().iter().product::<usize>()).sum()
+    }
+
+    /// Every tensor, once.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let head = (!self.lm_head.is_same(&self.embed_tokens)).then_some(&self.lm_head);
+        [&self.embed_tokens, &self.norm]
+            .into_iter()
+            .chain(self.layers.iter().flat_map(layer_tensors))
+            .chain(head)
     }
 }
 

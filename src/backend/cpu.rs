@@ -15,7 +15,7 @@
 mod attention;
 mod cache;
 mod forward;
-mod fuse;
+pub mod fuse;
 mod matmul;
 mod matrix;
 mod pool;

@@ -139,7 +139,8 @@ impl Encoder<'_> {
             Some(Source::Text(text)) => {
                 let tokenizer = self.tokenizer(model)?;
                 if self.chat && self.has_template(model) {
-                    let text = tokenizer.apply_chat_template(entry.role, &[Message::user(text)])?;
+                    let message = Message { role: "user".to_owned(), content: text.clone() };
+                    let text = tokenizer.apply_chat_template(&[message])?;
                     return Ok(tokenizer.encode(&text, false)?);
                 }
                 Ok(tokenizer.encode(text, true)?)

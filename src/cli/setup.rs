@@ -24,6 +24,9 @@ impl ModelArgs {
         let mut spec = if self.is_demo() { return Ok(Ensemble::demo()?) } else { self.spec()? };
         match method {
             Method::Dynamic | Method::Static => {}
+            Method::Large if self.large.is_none() => return Err(missing("large", "--large DIR")),
+            Method::Small if self.small.is_none() => return Err(missing("small", "--small DIR")),
+            Method::Expert(_) if self.experts.is_empty() => return Err(missing("expert", "--expert DIR")),
             Method::Large => spec = EnsembleSpec { large: spec.large, ..EnsembleSpec::default() },
             Method::Small => spec = EnsembleSpec { small: spec.small, ..EnsembleSpec::default() },
             // A LoRA expert needs the small model's weights.
@@ -39,6 +42,10 @@ impl ModelArgs {
         let experts = self.experts.iter().map(|text| expert(text)).collect();
         Ok(EnsembleSpec { large: self.large.clone(), small: self.small.clone(), experts })
     }
+}
+
+fn missing(method: &'static str, what: &str) -> anyhow::Error {
+    crate::Error::MissingModel { method, what: what.to_owned() }.into()
 }
 
 /// `[NAME=]DIR`. A directory that exists under the whole text is taken first: its name may hold `=`.

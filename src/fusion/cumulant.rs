@@ -40,11 +40,7 @@ impl Lane {
             return Self::EMPTY;
         }
         let (a, b) = ((self.scale - scale).exp(), (other.scale - scale).exp());
-        Self {
-            scale,
-            sum: a * self.sum + b * other.sum,
-            weighted: a * self.weighted + b * other.weighted,
-        }
+        Self { scale, sum: a * self.sum + b * other.sum, weighted: a * self.weighted + b * other.weighted }
     }
 
     /// log Σ exp(x).
@@ -68,8 +64,12 @@ pub struct Divergences {
 }
 
 impl Divergences {
-    /// Between a distribution and the one that `alpha` tilts it to.
+    /// Between a distribution and the one that `alpha` tilts it to. At α = 0 both are exactly 0, so that the same
+    /// distribution reached through two experts ties.
     pub fn new(base: &Lane, tilted: &Lane, alpha: f64) -> Self {
+        if alpha == 0.0 {
+            return Self { forward: 0.0, reverse: 0.0 };
+        }
         let a = tilted.log_sum() - base.log_sum();
         Self { forward: alpha * tilted.mean() - a, reverse: a - alpha * base.mean() }
     }

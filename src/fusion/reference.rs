@@ -253,7 +253,8 @@ pub fn decide(
             (Some(expert), row.one_hot(expert, alpha), Some(margin), rule.objective)
         }
         (FusionRule::Static(alpha), _) => {
-            let of = |t: usize| if alpha.len() == 1 { alpha[0] } else { alpha.get(t).copied().unwrap_or(0.0) };
+            let of =
+                |t: usize| if alpha.len() == 1 { alpha[0] } else { alpha.get(t).copied().unwrap_or(0.0) };
             (None, (0..row.experts.len()).map(of).collect(), None, Objective::Both)
         }
         _ => (None, PerExpert::new(), None, Objective::Both),

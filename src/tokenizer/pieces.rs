@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::Inner;
+use super::Vocabulary;
 use crate::error::{Error, Result};
 use crate::json::show;
 
@@ -43,11 +43,15 @@ enum Step {
 }
 
 impl Pieces {
-    /// The pieces of a vocabulary whose largest id was checked. `decoder` is that of tokenizer.json.
-    pub(super) fn new(path: &Path, tokenizer: &tokenizers::Tokenizer, decoder: &Value) -> Result<Self> {
+    /// The pieces of the ids below `size`. `decoder` is that of tokenizer.json.
+    pub(super) fn new(
+        path: &Path,
+        tokenizer: &tokenizers::Tokenizer,
+        decoder: &Value,
+        size: usize,
+    ) -> Result<Self> {
         let (steps, opening) =
             steps(decoder).map_err(|what| Error::Unsupported { path: path.to_owned(), what })?;
-        let size = tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
         let added = tokenizer.get_added_tokens_decoder();
         let (mut bytes, mut ends) = (Vec::new(), Vec::with_capacity(size));
         for id in 0..size as u32 {
@@ -169,7 +173,7 @@ fn steps(decoder: &Value) -> Result<(Vec<Step>, Opening), String> {
 /// unfinished wait for the next.
 #[derive(Clone)]
 pub struct Decoder {
-    tokenizer: Arc<Inner>,
+    vocabulary: Arc<Vocabulary>,
     /// What the start of the text still loses.
     opening: Opening,
     /// The beginning of a character: at most three bytes between calls.
@@ -177,16 +181,16 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    pub(super) fn new(tokenizer: Arc<Inner>, at_start: bool) -> Self {
-        let opening = if at_start { tokenizer.pieces.opening } else { Opening::Whole };
-        Self { tokenizer, opening, pending: Vec::new() }
+    pub(super) fn new(vocabulary: Arc<Vocabulary>, at_start: bool) -> Self {
+        let opening = if at_start { vocabulary.pieces.opening } else { Opening::Whole };
+        Self { vocabulary, opening, pending: Vec::new() }
     }
 
     /// Takes the next token and gives the text that it completes. Special tokens, and ids that no token has, add
     /// nothing. Bytes that can't be part of any character become U+FFFD.
     pub fn push(&mut self, id: u32) -> String {
-        let tokenizer = Arc::clone(&self.tokenizer);
-        let piece = tokenizer.pieces.get(id);
+        let vocabulary = Arc::clone(&self.vocabulary);
+        let piece = vocabulary.pieces.get(id);
         if piece.is_empty() {
             return String::new();
         }
@@ -208,7 +212,7 @@ impl Decoder {
             Opening::Drop(replacement) => {
                 self.opening = Opening::Whole;
                 // Only here does it matter which spaces of the piece were written as the replacement.
-                let token = tokenizer.tokenizer.id_to_token(id).unwrap_or_default();
+                let token = vocabulary.tokenizer.id_to_token(id).unwrap_or_default();
                 self.pending.extend(token.replace(replacement, "").bytes());
             }
         }

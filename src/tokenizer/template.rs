@@ -89,7 +89,7 @@ impl ChatTemplate {
             add_generation_prompt => true,
             tools => (),
             documents => (),
-            ..minijinja::Value::from_iter(self.special_tokens.iter().map(|(name, token)| (*name, token.as_str()))),
+            ..minijinja::Value::from_pairs(self.special_tokens.iter().map(|(name, token)| (*name, token.as_str()))),
         };
         environment()
             .and_then(|environment| environment.render_str(&without_generation_marks(source), variables))

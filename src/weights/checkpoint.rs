@@ -1,7 +1,4 @@
-//! The safetensors format: eight bytes of header length, a JSON header, and the tensors.
-//!
-//! Read here rather than with the format's crate, whose sums of hostile offsets can overflow (it adds them
-//! unchecked), and whose errors don't say which tensor they are about.
+//! The safetensors files of a model, mapped, and their tensors, taken out one by one.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -11,14 +8,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
-use serde_json::{Map, Value};
+use safetensors::SafeTensors;
 
 use super::{Dtype, Storage, Tensor};
 use crate::error::{Error, Result};
-use crate::json::{Object, invalid, show};
+use crate::json::{Object, show};
 
-/// A hundred times the header of the largest checkpoints; the limit keeps a lying file from costing memory.
-const MAX_HEADER_BYTES: u64 = 32 << 20;
+/// A file begins with the length of its header.
+const LENGTH_BYTES: usize = size_of::<u64>();
 
 /// The tensors of one or several safetensors files, taken out one by one by name.
 #[derive(Debug)]
@@ -33,7 +30,7 @@ pub(crate) struct Checkpoint {
 #[derive(Debug)]
 struct Stored {
     file: usize,
-    dtype: String,
+    dtype: safetensors::Dtype,
     shape: Vec<usize>,
     bytes: Range<usize>,
 }
@@ -128,34 +125,28 @@ impl Checkpoint {
     fn add_file(&mut self, path: &Path, storage: Storage) -> Result<()> {
         let malformed = |reason: String| Error::Weights { path: path.to_owned(), reason };
         let bytes = storage.bytes();
-        let (header, data_start) = header(path, bytes)?;
-        let data_len = bytes.len() - data_start;
+        let (header_len, metadata) =
+            SafeTensors::read_metadata(bytes).map_err(|error| malformed(format!("damaged or cut off: {error}")))?;
+        let data = bytes.get(LENGTH_BYTES + header_len..).unwrap_or_default();
         let file = self.files.len();
-        let mut ranges = Vec::with_capacity(header.len());
-        for (name, info) in header {
-            if name == "__metadata__" {
-                continue;
-            }
-            let (dtype, shape, range) = tensor_info(&info).ok_or_else(|| {
-                malformed(format!("tensor `{name}`: malformed header entry {}", show(&info)))
-            })?;
-            if range.end > data_len {
-                let reason =
-                    format!("tensor `{name}` ends at byte {} of {data_len}: the file is cut off", range.end);
+        for (name, info) in metadata.tensors() {
+            let (start, end) = info.data_offsets;
+            // The crate adds the sizes that a header claims without looking for an overflow.
+            if start > end || end > data.len() {
+                let reason = format!("tensor `{name}` ends at byte {end} of {}: the file is cut off", data.len());
                 return Err(malformed(reason));
             }
-            ranges.push((range.clone(), name.clone()));
-            let bytes = data_start + range.start..data_start + range.end;
+            let data_start = LENGTH_BYTES + header_len;
+            let bytes = data_start + start..data_start + end;
             match self.tensors.entry(name) {
                 Entry::Vacant(entry) => {
-                    entry.insert(Stored { file, dtype, shape, bytes });
+                    entry.insert(Stored { file, dtype: info.dtype, shape: info.shape.clone(), bytes });
                 }
                 Entry::Occupied(entry) => {
                     return Err(malformed(format!("tensor `{}` is in two files", entry.key())));
                 }
             }
         }
-        refuse_gaps(ranges, data_len).map_err(malformed)?;
         self.files.push((path.to_owned(), Arc::new(storage)));
         Ok(())
     }
@@ -165,38 +156,23 @@ impl Checkpoint {
         self.tensors.contains_key(name)
     }
 
-    /// The names of the tensors that were not taken yet, in order.
-    pub(crate) fn names(&self) -> Vec<String> {
-        let mut names: Vec<String> = self.tensors.keys().cloned().collect();
-        names.sort_unstable();
-        names
-    }
-
     /// Takes the tensor `name`, which must have `shape`.
     pub(crate) fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let expected = || format!("shape {shape:?}");
-        let Some(found) = self.tensors.get(name).map(|stored| stored.shape.clone()) else {
+        let Some(stored) = self.tensors.get(name) else {
             return Err(self.tensor_error(name, &expected(), "nothing"));
         };
-        if found != shape {
-            return Err(self.tensor_error(name, &expected(), &format!("shape {found:?}")));
+        if stored.shape != shape {
+            return Err(self.tensor_error(name, &expected(), &format!("shape {:?}", stored.shape)));
         }
-        self.take_any(name)
-    }
-
-    /// Takes the tensor `name`, whatever its shape.
-    pub(crate) fn take_any(&mut self, name: &str) -> Result<Tensor> {
-        let Some(stored) = self.tensors.get(name) else {
-            return Err(self.tensor_error(name, "a tensor", "nothing"));
-        };
-        let dtype = match stored.dtype.as_str() {
-            "F32" => Dtype::F32,
-            "F16" => Dtype::F16,
-            "BF16" => Dtype::Bf16,
-            other => return Err(self.tensor_error(name, "dtype F32, F16 or BF16", other)),
+        let dtype = match stored.dtype {
+            safetensors::Dtype::F32 => Dtype::F32,
+            safetensors::Dtype::F16 => Dtype::F16,
+            safetensors::Dtype::BF16 => Dtype::Bf16,
+            other => return Err(self.tensor_error(name, "dtype F32, F16 or BF16", &other.to_string())),
         };
         let tensor = match self.files.get(stored.file) {
-            Some((_, storage)) => Tensor::new(storage, stored.bytes.clone(), dtype, stored.shape.clone()),
+            Some((_, storage)) => Tensor::new(storage, stored.bytes.clone(), dtype, shape.to_vec()),
             None => Err("no file".to_owned()),
         };
         let tensor =
@@ -207,7 +183,7 @@ impl Checkpoint {
 
     /// Refuses what nobody took and `harmless` doesn't know: weights that the model would be computed without.
     pub(crate) fn refuse_rest(&self, harmless: impl Fn(&str) -> bool) -> Result<()> {
-        match self.names().iter().find(|name| !harmless(name)) {
+        match self.tensors.keys().filter(|name| !harmless(name)).min() {
             Some(name) => {
                 Err(self.tensor_error(name, "no such tensor in a Llama of this configuration", "one"))
             }
@@ -239,54 +215,4 @@ fn map(path: &Path) -> Result<Storage> {
     // its weights pays. The mapping is read-only and private to this process.
     let map = unsafe { Mmap::map(&file) }.map_err(io)?;
     Ok(Storage::Mapped(map))
-}
-
-/// The header, and the offset of the first tensor.
-fn header(path: &Path, bytes: &[u8]) -> Result<(Map<String, Value>, usize)> {
-    let malformed = |reason: String| Error::Weights { path: path.to_owned(), reason };
-    let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
-        return Err(malformed(format!("{} bytes are too few for a safetensors file", bytes.len())));
-    };
-    let length = u64::from_le_bytes(*length);
-    if length > MAX_HEADER_BYTES {
-        return Err(malformed(format!("a header of {length} bytes: not a safetensors file")));
-    }
-    // At most MAX_HEADER_BYTES, so it fits.
-    let length = length as usize;
-    let Some(text) = rest.get(..length) else {
-        return Err(malformed(format!("a header of {length} bytes in a file of {}: cut off", bytes.len())));
-    };
-    match serde_json::from_slice(text) {
-        Ok(Value::Object(header)) => Ok((header, 8 + length)),
-        Ok(other) => Err(invalid(path, "header", "an object", show(&other))),
-        Err(error) => Err(malformed(format!("the header is not JSON: {error}"))),
-    }
-}
-
-/// Dtype, shape and byte range of a header entry.
-fn tensor_info(info: &Value) -> Option<(String, Vec<usize>, Range<usize>)> {
-    let size = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok());
-    let dtype = info.get("dtype")?.as_str()?.to_owned();
-    let shape = info.get("shape")?.as_array()?.iter().map(size).collect::<Option<Vec<_>>>()?;
-    match info.get("data_offsets")?.as_array()?.as_slice() {
-        [start, end] => {
-            let (start, end) = (size(start)?, size(end)?);
-            (start <= end).then_some((dtype, shape, start..end))
-        }
-        _ => None,
-    }
-}
-
-/// The format wants the tensors to cover the file without gap or overlap; a file that doesn't is damaged.
-fn refuse_gaps(mut ranges: Vec<(Range<usize>, String)>, data_len: usize) -> Result<(), String> {
-    ranges.sort_unstable_by_key(|(range, _)| (range.start, range.end));
-    let mut end = 0;
-    for (range, name) in ranges {
-        if range.start != end {
-            let what = if range.start < end { "overlaps the tensor before it" } else { "follows a gap" };
-            return Err(format!("tensor `{name}` {what} (byte {}, expected {end})", range.start));
-        }
-        end = range.end;
-    }
-    if end == data_len { Ok(()) } else { Err(format!("{} bytes belong to no tensor", data_len - end)) }
 }

@@ -8,19 +8,19 @@ use dlf_engine::fusion::Decision;
 
 /// The next token of a sequence is a function of all its tokens, read back through the block tables: a wrong
 /// position, table or shared block gives a wrong token.
-pub struct Scripted {
-    pub limits: Limits,
+pub(crate) struct Scripted {
+    pub(crate) limits: Limits,
     /// Tokens by (model, block, offset), as a cache has them.
     cache: BTreeMap<(usize, u32, usize), u32>,
     /// By (model, slot): what the model would say next.
     said: BTreeMap<(usize, usize), u32>,
     /// The models whose slots must agree.
     models: usize,
-    pub next: fn(&[u32]) -> u32,
+    pub(crate) next: fn(&[u32]) -> u32,
 }
 
 impl Scripted {
-    pub fn new(limits: Limits, models: usize, next: fn(&[u32]) -> u32) -> Self {
+    pub(crate) fn new(limits: Limits, models: usize, next: fn(&[u32]) -> u32) -> Self {
         Self { limits, cache: BTreeMap::new(), said: BTreeMap::new(), models, next }
     }
 }

@@ -8,10 +8,10 @@ use dlf_engine::model::{LlamaModel, Role};
 use dlf_engine::weights::{Dtype, LlamaWeights};
 
 /// `max_position_embeddings` of the models.
-pub const CONTEXT: usize = 1024;
+pub(crate) const CONTEXT: usize = 1024;
 
 /// A large model, a small one and `experts` experts over 97 token ids, without tokenizers.
-pub fn ensemble(experts: usize) -> Ensemble {
+pub(crate) fn ensemble(experts: usize) -> Ensemble {
     let mut models = vec![model(Role::Large, 32, 1), model(Role::Small, 16, 2)];
     models.extend((0..experts).map(|t| model(Role::Expert(t), 16, 3 + t as u64)));
     Ensemble::from_models(models).unwrap()

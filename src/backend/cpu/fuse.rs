@@ -111,7 +111,8 @@ impl Fuser {
                 *tilts = tilts.take().and_then(|_| lock(state).next());
             }
         }
-        decisions.extend(self.rows[..rows.len()].iter().zip(rows).map(|(state, row)| lock(state).close(row.step)));
+        decisions
+            .extend(self.rows[..rows.len()].iter().zip(rows).map(|(state, row)| lock(state).close(row.step)));
     }
 }
 

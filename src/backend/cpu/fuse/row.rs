@@ -2,7 +2,7 @@
 
 use std::sync::MutexGuard;
 
-use super::models::{Models, NotFinite};
+use super::models::{BLOCK, Models, NotFinite};
 use super::simd::{Kernel, LANES, Level, Simd, dispatch};
 use super::slice::{Vector, maximum};
 use super::sums::{Ladder, Sums, Tilt};
@@ -52,7 +52,11 @@ pub(super) struct RowState {
 
 impl RowState {
     /// What must be summed first, and over how many tokens; nothing where the row fails at once.
-    pub(super) fn open(&mut self, row: &FuseRow<'_>, logits: &Logits<'_>) -> (Option<PerExpert<Tilt>>, usize) {
+    pub(super) fn open(
+        &mut self,
+        row: &FuseRow<'_>,
+        logits: &Logits<'_>,
+    ) -> (Option<PerExpert<Tilt>>, usize) {
         self.next = None;
         self.result = None;
         let models = match Models::new(logits, row.rule) {
@@ -63,7 +67,8 @@ impl RowState {
             }
         };
         let experts = models.experts.len();
-        let held = |expert, alpha| Stage::Measure { expert: Some(expert), alpha: one_hot(experts, expert, alpha) };
+        let held =
+            |expert, alpha| Stage::Measure { expert: Some(expert), alpha: one_hot(experts, expert, alpha) };
         self.stage = match (row.rule, row.held) {
             (FusionRule::Dynamic(_), Some((expert, alpha))) => held(expert, alpha),
             (FusionRule::Dynamic(_), None) => Stage::Search,
@@ -85,7 +90,9 @@ impl RowState {
                 let tilt = |t| Tilt::expert(experts, t, Ladder::through(grid(rule, t)));
                 (0..experts).map(tilt).collect()
             }
-            Stage::Zoom { expert, ladder } => std::iter::once(Tilt::expert(experts, *expert, *ladder)).collect(),
+            Stage::Zoom { expert, ladder } => {
+                std::iter::once(Tilt::expert(experts, *expert, *ladder)).collect()
+            }
             Stage::Measure { alpha, .. } => std::iter::once(Tilt::fixed(alpha)).collect(),
         }
     }
@@ -300,9 +307,12 @@ impl Kernel for FusedRow<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> u32 {
         let Self { models, alpha, masked, fused } = self;
-        fused.copy_from_slice(models.base.1);
+        let mut from = Some(models.base.1);
         for (expert, &alpha) in models.experts.iter().zip(alpha).filter(|&(_, &alpha)| alpha != 0.0) {
-            add_difference(simd, fused, alpha as f32, expert, models.small);
+            add_difference(simd, from.take(), fused, alpha as f32, expert, models.small);
+        }
+        if let Some(base) = from {
+            fused.copy_from_slice(base);
         }
         if masked {
             for (token, x) in fused.iter_mut().enumerate() {
@@ -311,32 +321,63 @@ impl Kernel for FusedRow<'_> {
                 }
             }
         }
-        let (vectors, rest) = fused.as_chunks();
-        let (top, _) = maximum(simd, vectors);
-        let top = rest.iter().copied().fold(top, f32::max);
-        fused.iter().position(|&x| x == top).unwrap_or(0) as u32
+        argmax(simd, fused)
     }
 }
 
-/// fused ← fused + α·(E − S), the product and the sum rounded once where the CPU has such an instruction.
+/// The lowest index of the largest value.
 #[inline(always)]
-fn add_difference<S: Simd>(simd: S, fused: &mut [f32], alpha: f32, expert: &[f32], small: &[f32]) {
-    let alpha = simd.splat(alpha);
-    let add = |fused: &mut Vector, expert: &Vector, small: &Vector| {
-        let d = simd.sub(simd.load(expert), simd.load(small));
-        simd.store(simd.mul_add(alpha, d, simd.load(fused)), fused);
-    };
-    let (vectors, tail) = fused.as_chunks_mut();
-    let ((experts, expert_tail), (smalls, small_tail)) = (expert.as_chunks(), small.as_chunks());
-    for ((fused, expert), small) in vectors.iter_mut().zip(experts).zip(smalls) {
-        add(fused, expert, small);
+fn argmax<S: Simd>(simd: S, x: &[f32]) -> u32 {
+    let mut best = (f32::NEG_INFINITY, 0);
+    for (block, values) in x.chunks(BLOCK).enumerate() {
+        let (vectors, rest) = values.as_chunks();
+        let top = rest.iter().copied().fold(maximum(simd, vectors).0, f32::max);
+        if top > best.0 {
+            best = (top, block * BLOCK);
+        }
     }
+    let (top, start) = best;
+    (start + x[start..].iter().position(|&x| x == top).unwrap_or(0)) as u32
+}
+
+/// fused ← from + α·(E − S), where `from` is `fused` itself if not given; the product and the sum are rounded
+/// once where the CPU has such an instruction.
+#[inline(always)]
+fn add_difference<S: Simd>(
+    simd: S,
+    from: Option<&[f32]>,
+    fused: &mut [f32],
+    alpha: f32,
+    expert: &[f32],
+    small: &[f32],
+) {
+    let alpha = simd.splat(alpha);
+    let sum = |from: &Vector, expert: &Vector, small: &Vector| {
+        let d = simd.sub(simd.load(expert), simd.load(small));
+        simd.mul_add(alpha, d, simd.load(from))
+    };
     let pad = |tail: &[f32]| {
         let mut vector = [0.0; LANES];
         vector[..tail.len()].copy_from_slice(tail);
         vector
     };
-    let mut last = pad(tail);
-    add(&mut last, &pad(expert_tail), &pad(small_tail));
+    let ((experts, expert_tail), (smalls, small_tail)) = (expert.as_chunks(), small.as_chunks());
+    let (vectors, tail) = fused.as_chunks_mut();
+    let models = experts.iter().zip(smalls);
+    let from_tail = match from.map(|from| from.as_chunks()) {
+        Some((from, from_tail)) => {
+            for ((fused, from), (expert, small)) in vectors.iter_mut().zip(from).zip(models) {
+                simd.store(sum(from, expert, small), fused);
+            }
+            pad(from_tail)
+        }
+        None => {
+            for (fused, (expert, small)) in vectors.iter_mut().zip(models) {
+                simd.store(sum(fused, expert, small), fused);
+            }
+            pad(tail)
+        }
+    };
+    let last = simd.to_array(sum(&from_tail, &pad(expert_tail), &pad(small_tail)));
     tail.copy_from_slice(&last[..tail.len()]);
 }

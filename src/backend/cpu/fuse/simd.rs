@@ -98,6 +98,12 @@ pub(crate) trait Simd: Copy {
         ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]))
     }
 
+    /// The smallest lane; a NaN lane counts as ∞.
+    #[inline(always)]
+    fn smallest(self, a: Self::F32) -> f32 {
+        self.to_array(a).into_iter().fold(f32::INFINITY, f32::min)
+    }
+
     /// The largest lane; a NaN lane counts as −∞.
     #[inline(always)]
     fn largest(self, a: Self::F32) -> f32 {

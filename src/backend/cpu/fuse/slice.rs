@@ -86,7 +86,8 @@ impl Source<'_> {
     fn tops<S: Simd>(&self, simd: S) -> Tops {
         // The value, and the first token of the block that has it.
         let mut best = PerExpert::from_iter(self.models.experts.iter().map(|_| Top::NONE));
-        let mut tops = Tops { base: Top::NONE, small: f32::NEG_INFINITY, experts: best.clone(), finite: true };
+        let mut tops =
+            Tops { base: Top::NONE, small: f32::NEG_INFINITY, experts: best.clone(), finite: true };
         for block in self.blocks() {
             let copy;
             let tile = if self.is_direct(&block) {

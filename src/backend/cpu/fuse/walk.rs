@@ -18,22 +18,22 @@ use super::models::{Tile, TileCopy, VECTORS};
 use super::simd::{LANES, Simd};
 use super::slice::{Source, Tops, Vector};
 use super::sums::{Ladder, Sums, Tilt};
-use crate::fusion::PerExpert;
 use crate::fusion::cumulant::{Direction, Lane};
+use crate::fusion::{MAX_EXPERTS, PerExpert};
 
 /// The weights of the large model's lanes carry this power of two.
 const BIAS: i32 = 32;
 
-/// How far (α_last − α_first)·(max D − D*) may go, in nats: 2¹⁴ tokens lost at 2⁻¹²⁵, grown by e⁷⁵, are 2⁻³⁴ of
-/// the 2³² that one token alone adds.
+/// How far α·d may lift a token, in nats. Lost are at most 2¹⁴ tokens below 2⁻¹²⁵, grown by e⁷⁵: 2⁻³⁴ of the 2³²
+/// that one token alone adds. And the f32 rounding of α·d stays near 2⁻¹⁸ for tokens that it makes probable.
 const REACH: f64 = 75.0;
 
 /// The largest first candidate's sum: its weights times a ratio that was flushed at 2⁻¹²⁵ stay below 2⁻⁴⁵.
 const LARGEST_START: f64 = (1_u128 << 80) as f64;
 
-/// Candidates that share one walk over the block: with AVX2, fourteen sums, the weight and a product fill the
-/// sixteen registers.
-const GROUP: usize = 7;
+/// Candidates that share one walk over the block: with AVX2, ten sums, the weight, the ratio and d leave the
+/// compiler a few of the sixteen registers.
+const GROUP: usize = 5;
 
 /// The walk over one slice.
 pub(super) struct Walk<'a> {
@@ -81,7 +81,7 @@ impl Walk<'_> {
             experts: models.experts.iter().map(|expert| expert[token]).collect(),
         };
         self.open(sums);
-        let mut reach = [0.0_f32; crate::fusion::MAX_EXPERTS];
+        let mut reach = [(0.0_f32, 0.0_f32); MAX_EXPERTS];
         let blank = [[0.0; LANES]; VECTORS];
         let mut scratch =
             Scratch { large: blank, small: blank, difference: blank, ratio: blank, weight: blank };
@@ -96,7 +96,8 @@ impl Walk<'_> {
             self.targets(simd, &tile, &mut scratch, sums);
             for ((tilt, direction), reach) in self.tilts.iter().zip(&mut sums.directions).zip(&mut reach) {
                 difference(simd, &tile, &star, tilt, &mut scratch.difference);
-                *reach = reach.max(self.candidates(simd, &tile, tilt.ladder, &mut scratch, direction));
+                let (lowest, highest) = self.candidates(simd, &tile, tilt.ladder, &mut scratch, direction);
+                *reach = (reach.0.min(lowest), reach.1.max(highest));
             }
         }
         self.close(&star, &reach, sums)
@@ -129,7 +130,7 @@ impl Walk<'_> {
         }
     }
 
-    /// Adds a block to the lanes of a tilt, whose d is in `scratch`; returns max d.
+    /// Adds a block to the lanes of a tilt, whose d is in `scratch`; returns min d and max d.
     #[inline(always)]
     fn candidates<S: Simd>(
         &self,
@@ -138,11 +139,11 @@ impl Walk<'_> {
         ladder: Ladder,
         scratch: &mut Scratch,
         sums: &mut Direction,
-    ) -> f32 {
+    ) -> (f32, f32) {
         let n = tile.base.len();
         let (large, d) = (&scratch.large[..n], &scratch.difference[..n]);
         let (ratio, weight) = (&mut scratch.ratio[..n], &mut scratch.weight[..n]);
-        let (weighted, largest) = shift(simd, large, d);
+        let (weighted, extremes) = shift(simd, large, d);
         sums.base.weighted += weighted;
         if ladder.first == 0.0 {
             weight.copy_from_slice(large);
@@ -161,16 +162,14 @@ impl Walk<'_> {
                 2 => progress::<2, S>(simd, d, ratio, weight, lanes),
                 3 => progress::<3, S>(simd, d, ratio, weight, lanes),
                 4 => progress::<4, S>(simd, d, ratio, weight, lanes),
-                5 => progress::<5, S>(simd, d, ratio, weight, lanes),
-                6 => progress::<6, S>(simd, d, ratio, weight, lanes),
                 _ => progress::<GROUP, S>(simd, d, ratio, weight, lanes),
             }
         }
-        largest
+        extremes
     }
 
     /// Undoes the centring; false where the range of f32 didn't suffice.
-    fn close(&self, star: &Star, reach: &[f32], sums: &mut Sums) -> bool {
+    fn close(&self, star: &Star, reach: &[(f32, f32)], sums: &mut Sums) -> bool {
         let is_sound = |lane: &Lane| lane.sum > 0.0 && lane.sum.is_finite() && lane.weighted.is_finite();
         let mut fits = is_sound(&sums.base);
         for ((small, expert), top) in sums.targets.iter_mut().zip(&self.tops.experts) {
@@ -184,8 +183,10 @@ impl Walk<'_> {
             direction.base.sum = sums.base.sum;
             fits &= is_sound(&direction.base) && direction.candidates.iter().all(is_sound);
             fits &= direction.candidates.first().is_none_or(|lane| lane.sum <= LARGEST_START);
-            let span = ladder.step * ladder.count.saturating_sub(1) as f64;
-            fits &= span * f64::from(reach) <= REACH;
+            let (lowest, highest) = (f64::from(reach.0), f64::from(reach.1));
+            let span = ladder.alpha(ladder.count.saturating_sub(1)) - ladder.first;
+            let lift = (ladder.first * lowest).max(ladder.first * highest);
+            fits &= lift + span * highest <= REACH;
             direction.base.weighted += offset * direction.base.sum;
             for (k, lane) in direction.candidates.iter_mut().enumerate() {
                 lane.weighted += offset * lane.sum;
@@ -248,16 +249,17 @@ fn difference<S: Simd>(simd: S, tile: &Tile<'_>, star: &Star, tilt: &Tilt, d: &m
     }
 }
 
-/// Σ w·d and max d.
+/// Σ w·d, and (min d, max d).
 #[inline(always)]
-fn shift<S: Simd>(simd: S, weights: &[Vector], d: &[Vector]) -> (f64, f32) {
-    let [mut weighted, mut largest] = [simd.splat(0.0); 2];
+fn shift<S: Simd>(simd: S, weights: &[Vector], d: &[Vector]) -> (f64, (f32, f32)) {
+    let [mut weighted, mut lowest, mut highest] = [simd.splat(0.0); 3];
     for (w, d) in weights.iter().zip(d) {
         let d = simd.load(d);
         weighted = simd.mul_add(simd.load(w), d, weighted);
-        largest = simd.max(d, largest);
+        lowest = simd.min(d, lowest);
+        highest = simd.max(d, highest);
     }
-    (simd.sum(weighted), simd.largest(largest))
+    (simd.sum(weighted), (simd.smallest(lowest), simd.largest(highest)))
 }
 
 /// `weights` = 2^`BIAS` exp(L − L* + α·d); those that overflow come out above [`LARGEST_START`].

@@ -21,13 +21,7 @@ struct Block {
 
 impl Block {
     /// base and d of each token that no model excludes.
-    fn fill(
-        &mut self,
-        models: &Models<'_>,
-        block: Range<usize>,
-        base: &[f32],
-        d: impl Fn(usize) -> f64,
-    ) {
+    fn fill(&mut self, models: &Models<'_>, block: Range<usize>, base: &[f32], d: impl Fn(usize) -> f64) {
         self.tokens = 0;
         for token in block.filter(|&token| !models.excludes(token)) {
             self.base[self.tokens] = f64::from(base[token]);
@@ -86,9 +80,8 @@ pub(super) fn search<S: Simd>(
     let (tops, masked) = ((sums.base_top, sums.expert_tops.clone()), sums.masked);
     *sums = Sums::empty(tilts, experts);
     (sums.base_top, sums.expert_tops, sums.masked) = (tops.0, tops.1, masked);
-    let difference = |t: usize, token: usize| {
-        f64::from(models.experts[t][token]) - f64::from(models.small[token])
-    };
+    let difference =
+        |t: usize, token: usize| f64::from(models.experts[t][token]) - f64::from(models.small[token]);
     let mut buffer = Block { base: [0.0; BLOCK], d: [0.0; BLOCK], tokens: 0 };
     for start in range.clone().step_by(BLOCK) {
         let block = start..(start + BLOCK).min(range.end);

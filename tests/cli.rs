@@ -1,0 +1,350 @@
+//! The real binary, as a user types it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use assert_cmd::cargo::cargo_bin;
+use serde_json::Value;
+
+/// What a run printed and how it ended.
+struct Run {
+    stdout: String,
+    stderr: String,
+    code: i32,
+}
+
+fn run(args: &[&str]) -> Run {
+    let output = Command::new(cargo_bin("dlf-engine")).args(args).output().unwrap();
+    Run {
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+        code: output.status.code().unwrap(),
+    }
+}
+
+/// The lines of a run that must succeed, as JSON.
+fn json_lines(args: &[&str]) -> Vec<Value> {
+    let run = run(args);
+    assert_eq!(run.code, 0, "{args:?}: {}", run.stderr);
+    run.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn fails(args: &[&str], says: &str) {
+    let run = run(args);
+    assert_eq!(run.code, 1, "{args:?}: {}", run.stderr);
+    assert!(run.stderr.starts_with("error: ") && run.stderr.contains(says), "{args:?}: {}", run.stderr);
+    assert_eq!(run.stdout, "", "{args:?}: nothing half-done on stdout");
+}
+
+fn refused(args: &[&str], says: &str) {
+    let run = run(args);
+    assert_eq!(run.code, 2, "{args:?}: {}", run.stderr);
+    assert!(run.stderr.contains(says), "{args:?}: {}", run.stderr);
+}
+
+fn golden(case: &str) -> String {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(case);
+    assert!(dir.is_dir(), "{}", dir.display());
+    dir.to_str().unwrap().to_owned()
+}
+
+fn trace(path: &Path) -> Vec<Value> {
+    fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+const SUM: &str = "Question: Tom has 17 apples and buys 25 more. How many apples does Tom have?\nAnswer:";
+
+#[test]
+fn generate_without_anything_runs_the_demo() {
+    let run = run(&["generate"]);
+    assert_eq!((run.code, run.stderr.as_str()), (0, ""));
+    assert!(!run.stdout.trim().is_empty());
+    assert!(!run.stdout.contains('\x1b'), "no colours where stdout is no terminal");
+    assert!(run.stdout.ends_with('\n'));
+}
+
+#[test]
+fn json_has_what_was_promised_and_text_is_the_same_without_it() {
+    let lines = json_lines(&["generate", "--prompt", SUM, "--json", "-n", "12"]);
+    let [result] = &lines[..] else { panic!("{lines:?}") };
+    assert_eq!(result["prompt"], SUM);
+    let ids = result["token_ids"].as_array().unwrap().len();
+    assert_eq!(result["usage"]["completion_tokens"], ids);
+    let total = result["usage"]["prompt_tokens"].as_u64().unwrap() + ids as u64;
+    assert_eq!(result["usage"]["total_tokens"], total);
+    assert!(["stop", "length"].contains(&result["finish_reason"].as_str().unwrap()));
+    for time in ["total_ms", "large_ms", "small_ms", "fusion_ms", "tokens_per_second"] {
+        assert!(result["timings"][time].as_f64().unwrap() > 0.0, "{time}");
+    }
+    let plain = run(&["generate", "--prompt", SUM, "-n", "12"]);
+    assert_eq!(plain.stdout, format!("{}\n", result["text"].as_str().unwrap()));
+}
+
+#[test]
+fn a_trace_has_one_record_a_token_with_every_field() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("trace.jsonl");
+    let args = ["generate", "--prompt", SUM, "-n", "8", "--json", "--trace", path.to_str().unwrap()];
+    let result = json_lines(&args).remove(0);
+    let records = trace(&path);
+    let ids: Vec<Value> = records.iter().map(|record| record["token_id"].clone()).collect();
+    assert_eq!(Value::from(ids), result["token_ids"]);
+    for (step, record) in records.iter().enumerate() {
+        assert_eq!(record["prompt_index"], 0);
+        assert_eq!(record["step"], step);
+        assert!(["facts", "sums"].contains(&record["expert"].as_str().unwrap()));
+        for field in ["alpha", "kl_expert_small", "kl_small_expert", "logprob_expert", "argmax_expert"] {
+            assert_eq!(record[field].as_array().unwrap().len(), 2, "{field}");
+        }
+        for field in ["loss", "kl_fused_large", "kl_large_fused", "ms"] {
+            assert!(record[field].as_f64().unwrap() >= 0.0, "{field}");
+        }
+        for field in ["logprob_fused", "logprob_large", "logprob_small"] {
+            assert!(record[field].as_f64().unwrap() <= 0.0, "{field}");
+        }
+        let differs = record["token_id"] != record["argmax_large"];
+        assert_eq!(record["changed"], differs);
+        let alphas: Vec<f64> = record["alpha"].as_array().unwrap().iter().map(|a| a.as_f64().unwrap()).collect();
+        assert!(alphas.iter().filter(|&&alpha| alpha != 0.0).count() <= 1, "one expert acts: {alphas:?}");
+    }
+    let text: String = records.iter().map(|record| record["text"].as_str().unwrap()).collect();
+    assert_eq!(text, result["text"]);
+}
+
+#[test]
+fn identities_hold_on_the_command_line() {
+    let ids = |args: &[&str]| {
+        let base = ["generate", "--prompt", SUM, "-n", "16", "--json"];
+        json_lines(&[&base[..], args].concat()).remove(0)["token_ids"].clone()
+    };
+    assert_eq!(ids(&["--method", "large"]), ids(&["--alpha-grid", "0:0:1:inclusive"]));
+    assert_eq!(ids(&["--method", "large"]), ids(&["--method", "static", "--alpha", "0"]));
+    assert_ne!(ids(&["--method", "large"]), ids(&["--method", "static"]), "α = 1 changes something");
+    assert_eq!(ids(&["--method", "static"]), ids(&["--method", "static", "--alpha", "1,1"]));
+    assert_eq!(ids(&["--method", "expert"]), ids(&["--method", "expert:facts"]));
+    assert_ne!(ids(&["--method", "expert:facts"]), ids(&["--method", "expert:sums"]));
+
+    // large = small ⇒ the fused model is the expert.
+    let (tiny, expert) = (golden("ensemble/small"), golden("ensemble/expert_0"));
+    let expert = format!("x={expert}");
+    let models = ["--large", &tiny, "--small", &tiny, "--expert", &expert];
+    let run = |method: &str| {
+        let args = ["generate", "--prompt-ids", "1,2,3", "-n", "8", "--json", "--method", method];
+        json_lines(&[&args[..], &models[..]].concat()).remove(0)["token_ids"].clone()
+    };
+    assert_eq!(run("dynamic"), run("expert"));
+}
+
+#[test]
+fn batches_keep_their_order_and_their_texts() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = dir.path().join("in.jsonl");
+    let prompts: Vec<String> =
+        (0..7).map(|k| format!("Question: Tom has {k} apples and buys {}2 more.", "1".repeat(k % 3))).collect();
+    let lines: Vec<String> = prompts.iter().map(|p| serde_json::json!({ "prompt": p }).to_string()).collect();
+    fs::write(&input, lines.join("\n")).unwrap();
+    let sampling = ["-n", "10", "--temperature", "0.8", "--seed", "7", "--json"];
+    let batch = [&["generate", "--input", input.to_str().unwrap(), "--batch-size", "3"][..], &sampling].concat();
+    let together = json_lines(&batch);
+    assert_eq!(together.len(), 7);
+    for (prompt, result) in prompts.iter().zip(&together) {
+        let alone = json_lines(&[&["generate", "--prompt", prompt][..], &sampling].concat()).remove(0);
+        assert_eq!(result["prompt"], prompt.as_str());
+        assert_eq!(result["text"], alone["text"]);
+        assert_eq!(result["token_ids"], alone["token_ids"]);
+    }
+}
+
+#[test]
+fn a_killed_run_resumes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let lines: Vec<String> =
+        (0..5).map(|k| serde_json::json!({ "prompt": format!("There are {k}") }).to_string()).collect();
+    fs::write(path("in.jsonl"), lines.join("\n")).unwrap();
+    let go = |output: &str, trace: &str, more: &[&str]| {
+        let base = ["generate", "--input", &path("in.jsonl"), "-n", "6", "--output", output, "--trace", trace];
+        let run = run(&[&base[..], more].concat());
+        assert_eq!(run.code, 0, "{}", run.stderr);
+    };
+    go(&path("whole.jsonl"), &path("whole-trace.jsonl"), &[]);
+    let whole = fs::read_to_string(path("whole.jsonl")).unwrap();
+    let whole_trace = fs::read_to_string(path("whole-trace.jsonl")).unwrap();
+    // Killed in the middle of the third result, and of the fourth prompt's trace.
+    let third = whole.lines().take(2).map(|line| line.len() + 1).sum::<usize>() + 20;
+    fs::write(path("torn.jsonl"), &whole[..third]).unwrap();
+    let traced: usize = whole_trace.lines().take(20).map(|line| line.len() + 1).sum::<usize>() + 9;
+    fs::write(path("torn-trace.jsonl"), &whole_trace[..traced]).unwrap();
+    go(&path("torn.jsonl"), &path("torn-trace.jsonl"), &["--resume"]);
+
+    let without_times = |text: &str| {
+        let strip = |line: &str| {
+            let mut value: Value = serde_json::from_str(line).unwrap();
+            value.as_object_mut().unwrap().retain(|key, _| key != "timings" && key != "ms");
+            value
+        };
+        text.lines().map(strip).collect::<Vec<_>>()
+    };
+    for (file, whole) in [("torn.jsonl", whole), ("torn-trace.jsonl", whole_trace)] {
+        assert_eq!(without_times(&fs::read_to_string(path(file)).unwrap()), without_times(&whole), "{file}");
+    }
+}
+
+#[test]
+fn scores_are_those_of_generation() {
+    let args = ["generate", "--prompt", SUM, "-n", "8", "--json", "--trace"];
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("trace.jsonl");
+    let result = json_lines(&[&args[..], &[path.to_str().unwrap()]].concat()).remove(0);
+    let generated = trace(&path);
+
+    let input = dir.path().join("in.jsonl");
+    let line = serde_json::json!({ "prompt": SUM, "text": result["token_ids"] });
+    fs::write(&input, line.to_string()).unwrap();
+    let scored = json_lines(&["score", "--input", input.to_str().unwrap(), "--json"]).remove(0);
+    assert_eq!(scored["ids"], result["token_ids"]);
+    let strip = |record: &Value| {
+        let mut record = record.clone();
+        // A token's time is its own, and text is flushed only where it ends.
+        record.as_object_mut().unwrap().retain(|key, _| key != "ms" && key != "text");
+        record
+    };
+    let tokens = scored["tokens"].as_array().unwrap();
+    assert_eq!(tokens.iter().map(strip).collect::<Vec<_>>(), generated.iter().map(strip).collect::<Vec<_>>());
+    let sum: f64 = tokens.iter().map(|token| token["logprob_fused"].as_f64().unwrap()).sum();
+    assert!((scored["sum_logprob_fused"].as_f64().unwrap() - sum).abs() < 1e-12);
+}
+
+#[test]
+fn ids_are_scored_as_they_are() {
+    let scored = json_lines(&["score", "--ids", "5,6,7,8", "--json"]).remove(0);
+    assert_eq!(scored["ids"], serde_json::json!([5, 6, 7, 8]));
+    let ids: Vec<u64> =
+        scored["tokens"].as_array().unwrap().iter().map(|token| token["token_id"].as_u64().unwrap()).collect();
+    assert_eq!(ids, [6, 7, 8]);
+    let one = json_lines(&["score", "--ids", "5", "--json"]).remove(0);
+    assert_eq!((&one["tokens"], &one["sum_logprob_fused"]), (&serde_json::json!([]), &serde_json::json!(0.0)));
+}
+
+#[test]
+fn a_method_needs_only_its_models() {
+    let large = golden("ensemble/large");
+    let base = ["generate", "--prompt-ids", "1,2,3", "-n", "4"];
+    let alone = run(&[&base[..], &["--large", &large, "--method", "large"]].concat());
+    assert_eq!(alone.code, 0, "{}", alone.stderr);
+    assert_eq!(alone.stdout.split_whitespace().count(), 4, "ids, for want of a tokenizer: {}", alone.stdout);
+    fails(&[&base[..], &["--large", &large]].concat(), "small model");
+    fails(&[&base[..], &["--large", &large, "--method", "expert"]].concat(), "expert");
+}
+
+#[test]
+fn wrong_input_is_named() {
+    let large = golden("ensemble/large");
+    fails(&["generate", "--large", "no/such/dir", "--method", "large", "--prompt", "x"], "no/such/dir");
+    fails(&["generate", "--large", &large, "--method", "large", "--prompt", "x"], "no tokenizer");
+    fails(&["generate", "--large", &large, "--method", "large", "--prompt-ids", "9999"], "token id 9999");
+    fails(&["generate", "--large", &large, "--method", "large"], "give a prompt");
+    fails(&["generate", "--prompt", SUM, "--method", "expert:nobody"], "facts, sums");
+    fails(&["generate", "--prompt", SUM, "--alpha", "1,2,3", "--method", "static"], "alpha");
+    fails(&["generate", "--prompt", SUM, "--top-p", "0"], "top_p");
+    fails(&["generate", "--prompt", SUM, "--stop", ""], "stop");
+    fails(&["generate", "--prompt", &"1 ".repeat(9000)], "context");
+    fails(&["generate", "--prompt", SUM, "-n", "0"], "max_new_tokens");
+    fails(&["generate", "--prompt", SUM, "--device", "cuda:7"], "cuda:7");
+    fails(&["generate", "--prompt", SUM, "--trace", "no/such/dir/trace.jsonl"], "no/such/dir");
+    fails(&["generate", "--input", "no-such-file.jsonl"], "no-such-file.jsonl");
+    fails(&["score", "--text", ""], "empty");
+    fails(&["score", "--ids", "1,99999"], "99999");
+    refused(&["generate", "--alpha-grid", "0:9:0.1"], "32 candidates");
+    refused(&["generate", "--alpha-every", "0"], "alpha-every");
+    refused(&["generate", "--device", "tpu"], "tpu");
+    refused(&["generate", "--method", "magic"], "dynamic");
+    refused(&["generate", "--prompt", "a", "--prompt-ids", "1"], "cannot be used with");
+    refused(&["generate", "--resume"], "--output");
+    refused(&["score"], "--text");
+}
+
+#[test]
+fn a_broken_line_of_input_is_named_by_number() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = dir.path().join("in.jsonl");
+    fs::write(&input, "{\"prompt\": \"a\"}\n\n{\"prompt\": 7}\n").unwrap();
+    fails(&["generate", "--input", input.to_str().unwrap()], "in.jsonl:3");
+}
+
+#[test]
+fn nan_weights_are_an_error_that_names_the_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = PathBuf::from(golden("ensemble/small"));
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(source.join(file), dir.path().join(file)).unwrap();
+    }
+    let path = dir.path().join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let (header, data) = {
+        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+        (header["model.norm.weight"].clone(), 8 + length)
+    };
+    let start = data + header["data_offsets"][0].as_u64().unwrap() as usize;
+    assert_eq!(header["dtype"], "BF16");
+    bytes[start..start + 2].copy_from_slice(&0x7fc0_u16.to_le_bytes());
+    fs::write(&path, bytes).unwrap();
+    let dir = dir.path().to_str().unwrap();
+    let run = run(&["generate", "--small", dir, "--method", "small", "--prompt-ids", "1,2", "--json"]);
+    assert_eq!(run.code, 1);
+    assert!(run.stderr.contains("the small model computed NaN") && run.stderr.contains("step 0"), "{}", run.stderr);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_an_error() {
+    for flag in ["--trace", "--output"] {
+        let run = run(&["generate", "--prompt", SUM, "-n", "4", flag, "/dev/full"]);
+        assert_eq!(run.code, 1, "{flag}");
+        assert!(run.stderr.contains("/dev/full"), "{}", run.stderr);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_closed_pipe_is_a_quiet_end() {
+    for args in [&["generate", "-n", "64", "--ignore-eos"][..], &["inspect", "--help"]] {
+        let mut child = Command::new(cargo_bin("dlf-engine"))
+            .args(args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(141), "{args:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    }
+}
+
+#[test]
+fn inspect_tells_what_models_are() {
+    let dirs = ["large", "small", "expert_0", "expert_1"].map(|name| golden(&format!("ensemble/{name}")));
+    let args: Vec<&str> = std::iter::once("inspect").chain(dirs.iter().map(String::as_str)).collect();
+    let run = run(&args);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    assert!(run.stdout.contains("They can form an ensemble."), "{}", run.stdout);
+    let report = json_lines(&[&args[..], &["--json"]].concat()).remove(0);
+    assert_eq!(report["models"].as_array().unwrap().len(), 4);
+    assert_eq!(report["ensemble"]["possible"], true);
+    let wrong = json_lines(&["inspect", &dirs[1], &dirs[0], &dirs[2], "--json"]).remove(0);
+    assert_eq!(wrong["ensemble"]["possible"], false);
+    assert!(wrong["ensemble"]["reason"].as_str().unwrap().contains("small and expert 0"));
+    fails(&["inspect", "no/such/dir"], "no/such/dir");
+}
+
+#[test]
+fn completions_are_scripts() {
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let run = run(&["completions", shell]);
+        assert_eq!(run.code, 0);
+        assert!(run.stdout.contains("alpha-grid"), "{shell}");
+    }
+}

@@ -1,0 +1,32 @@
+//! Every command of the README runs as it stands there.
+
+use std::process::Command;
+
+use assert_cmd::cargo::cargo_bin;
+
+/// The commands of the README's `sh` blocks, comments left out.
+fn commands() -> Vec<String> {
+    let readme = include_str!("../README.md");
+    let blocks = readme.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next());
+    blocks.flat_map(str::lines).filter(|line| !line.starts_with('#')).map(str::to_owned).collect()
+}
+
+#[test]
+fn every_command_succeeds() {
+    let mut ran = 0;
+    for command in commands() {
+        // The tests run themselves, and a release build is what is tested here.
+        if command.starts_with("cargo test") {
+            continue;
+        }
+        let arguments = command.replace("cargo run --release --", "dlf-engine");
+        let binary = cargo_bin("dlf-engine");
+        let script = arguments.replacen("dlf-engine", &format!("'{}'", binary.display()), 1);
+        let output = Command::new("sh").arg("-ec").arg(&script).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{command}: {stderr}");
+        assert!(!output.stdout.is_empty(), "{command}");
+        ran += 1;
+    }
+    assert!(ran >= 6, "{ran}");
+}
