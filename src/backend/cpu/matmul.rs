@@ -18,6 +18,12 @@ const TILE_COLS: usize = 4;
 /// Steps of k in one go: 1024 floats of four weight rows and of three activation rows stay in a 32 KiB L1.
 const BLOCK_STEPS: usize = 1024 / LANES;
 
+/// How far ahead weights are asked for where they come from memory, in bytes, unless a tile is longer.
+const AHEAD: usize = 8 << 10;
+
+/// Bytes that memory delivers together.
+const CACHE_LINE: usize = 64;
+
 /// The most activation rows of one [`MatMul`].
 pub(crate) const BLOCK_ROWS: usize = 48;
 
@@ -76,12 +82,17 @@ impl<E: Element> MatMul<'_, E> {
         if steps > BLOCK_STEPS && self.rows > TILE_ROWS {
             return self.columns_blocked::<S, N>(simd, col);
         }
+        // Weights that serve one tile only come from memory, not from a cache.
+        let stream = self.rows <= TILE_ROWS;
         let mut row = 0;
         while row < self.rows {
-            row += match self.rows - row {
-                1 => self.tile::<S, 1, N>(simd, row, col),
-                2 => self.tile::<S, 2, N>(simd, row, col),
-                _ => self.tile::<S, TILE_ROWS, N>(simd, row, col),
+            row += match (self.rows - row, stream) {
+                (1, true) => self.tile::<S, 1, N, true>(simd, row, col),
+                (2, true) => self.tile::<S, 2, N, true>(simd, row, col),
+                (_, true) => self.tile::<S, TILE_ROWS, N, true>(simd, row, col),
+                (1, false) => self.tile::<S, 1, N, false>(simd, row, col),
+                (2, false) => self.tile::<S, 2, N, false>(simd, row, col),
+                (_, false) => self.tile::<S, TILE_ROWS, N, false>(simd, row, col),
             };
         }
     }
@@ -95,9 +106,9 @@ impl<E: Element> MatMul<'_, E> {
             let end = steps.min(start + BLOCK_STEPS);
             for (row, acc) in (0..self.rows).step_by(TILE_ROWS).zip(&mut waiting) {
                 match self.rows - row {
-                    1 => self.accumulate::<S, 1, N>(simd, acc, row, col, start..end),
-                    2 => self.accumulate::<S, 2, N>(simd, acc, row, col, start..end),
-                    _ => self.accumulate::<S, TILE_ROWS, N>(simd, acc, row, col, start..end),
+                    1 => self.accumulate::<S, 1, N, false>(simd, acc, row, col, start..end),
+                    2 => self.accumulate::<S, 2, N, false>(simd, acc, row, col, start..end),
+                    _ => self.accumulate::<S, TILE_ROWS, N, false>(simd, acc, row, col, start..end),
                 }
             }
         }
@@ -109,16 +120,24 @@ impl<E: Element> MatMul<'_, E> {
 
     /// A tile of `M` rows and `N` columns from start to end; returns `M`.
     #[inline(always)]
-    fn tile<S: Simd, const M: usize, const N: usize>(&mut self, simd: S, row: usize, col: usize) -> usize {
+    fn tile<S: Simd, const M: usize, const N: usize, const STREAM: bool>(
+        &mut self,
+        simd: S,
+        row: usize,
+        col: usize,
+    ) -> usize {
         let mut acc = [[simd.zero(); N]; M];
-        self.accumulate::<S, M, N>(simd, &mut acc, row, col, 0..self.k.div_ceil(LANES));
+        self.accumulate::<S, M, N, STREAM>(simd, &mut acc, row, col, 0..self.k.div_ceil(LANES));
         self.finish(simd, &acc, row, col);
         M
     }
 
     /// acc += x wᵀ over `steps` of eight k, for the first `M` rows of `acc`.
+    ///
+    /// With `STREAM`, the weights of a later tile are asked for in the order they lie in memory: a tile reads four
+    /// short rows at once, which the hardware doesn't see coming.
     #[inline(always)]
-    fn accumulate<S: Simd, const M: usize, const N: usize>(
+    fn accumulate<S: Simd, const M: usize, const N: usize, const STREAM: bool>(
         &self,
         simd: S,
         waiting: &mut [[S::V; N]],
@@ -131,9 +150,16 @@ impl<E: Element> MatMul<'_, E> {
         // SAFETY: `run` asserted that `x` holds `rows` rows of whole vectors and `w` `cols` rows of k; row + M is
         // at most `rows` and col + N at most `cols`.
         let (x, w) = unsafe { (self.x.as_ptr().add(row * self.x_stride), self.w.as_ptr().add(col * self.w_stride)) };
+        let ahead = AHEAD.max(N * self.w_stride * size_of::<E>());
         let whole = steps.end.min(self.k / LANES);
         let mut k = steps.start * LANES;
         while k < whole * LANES {
+            if STREAM {
+                let next = w.wrapping_add(N * k).cast::<u8>().wrapping_add(ahead);
+                for line in (0..N * LANES * size_of::<E>()).step_by(CACHE_LINE) {
+                    simd.prefetch(next.wrapping_add(line));
+                }
+            }
             let mut xs = [simd.zero(); M];
             for (i, x_row) in xs.iter_mut().enumerate() {
                 // SAFETY: as above; k + 8 is at most `self.k`.
