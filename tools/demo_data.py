@@ -94,8 +94,13 @@ HEADINGS = ["#### People of the town", "#### News", "#### Talk of the day", "###
 SUM_HEADINGS = ["#### Sums", "#### Homework", "#### Notes"]
 
 # Cumulative shares of biographies, conversations, lines of sums (the rest: stories); whether stories are reasoned.
-# "wide" is about everybody; "deep" about the known people, with more stories.
-MIXTURES = {"wide": ((0.29, 0.57, 0.80), False), "deep": ((0.27, 0.54, 0.62), True)}
+# "wide" is about everybody, the others about the known people; in "replies" nobody is answered with a name first.
+MIXTURES = {
+    "wide": ((0.29, 0.57, 0.80), False),
+    "deep": ((0.27, 0.54, 0.62), True),
+    "stories": ((0.20, 0.39, 0.44), True),
+    "replies": ((0.25, 0.60, 0.66), True),
+}
 
 
 def capital(text):
@@ -145,11 +150,11 @@ class World:
         named = rng.random() < 0.5
         return " ".join(self.statement(rng, person, kind, i > 0 and not named) for i, kind in enumerate(kinds))
 
-    def conversation(self, rng, people):
+    def conversation(self, rng, people, named):
         person, kind = rng.choice(people), rng.choice(list(KINDS))
         _, question, personal, _, short = KINDS[kind]
         question = question.format(n=person.name)
-        subject = rng.choice([person.name, person.pronoun, person.pronoun])
+        subject = rng.choice([person.name, person.pronoun, person.pronoun]) if named else person.pronoun
         full = rng.choice(personal[:2]).format(s=subject, v=person.facts[kind])
         brief = capital(rng.choice(short)).format(v=person.facts[kind])
         lower = rng.choice(short).format(v=person.facts[kind])
@@ -208,7 +213,7 @@ class World:
         if kind < shares[0]:
             text, headings = self.biography(rng, people), HEADINGS
         elif kind < shares[1]:
-            text, headings = self.conversation(rng, people), HEADINGS
+            text, headings = self.conversation(rng, people, mixture != "replies"), HEADINGS
         elif kind < shares[2]:
             text, headings = self.lines(rng), SUM_HEADINGS
         else:

@@ -35,14 +35,16 @@ SIZES = {
     "small": dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1, intermediate_size=256),
 }
 # Phases: (mixture, steps of the schedule, steps taken of it).
-# The large model's first phase stops early in its schedule, where the second, with its own schedule, takes over.
+# The large model's first two phases stop before their schedules end; the next, with its own schedule, takes over.
+# `finish` goes on from the saved large model, with new optimizer states, and replaces it.
 PRETRAINING = {
-    "large": dict(seed=1, phases=[("wide", 2929, 2000), ("deep", 900, 900)]),
-    "small": dict(seed=2, phases=[("wide", 780, 780)]),
+    "large": dict(seed=1, phases=[("wide", 2929, 2000), ("deep", 900, 300), ("stories", 800, 800)]),
+    "finish": dict(seed=3, phases=[("replies", 400, 400)]),
+    "small": dict(seed=2, phases=[("wide", 1822, 1822)]),
 }
 FINE_TUNING = {
     "facts": dict(seed=11, epochs=3, batch=16, lr=5e-4),
-    "sums": dict(seed=12, epochs=3, batch=16, lr=5e-4),
+    "sums": dict(seed=12, epochs=6, batch=16, lr=1e-3),
 }
 
 
@@ -107,8 +109,8 @@ def descend(optimizers, base_rates, factor):
         optimizer.zero_grad(set_to_none=True)
 
 
-def pretrain(world, tokenizer, size, seed, phases, checkpoint, log):
-    """The trained model. A run that was stopped goes on from `checkpoint`, with the same result."""
+def pretrain(world, tokenizer, size, seed, phases, start, checkpoint, log):
+    """The trained model, from new weights or those in `start`. A stopped run goes on from `checkpoint`, all the same."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     config = LlamaConfig(
@@ -121,7 +123,7 @@ def pretrain(world, tokenizer, size, seed, phases, checkpoint, log):
         eos_token_id=tokenizer.token_to_id(EOS),
         **SIZES[size],
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32) if start else LlamaForCausalLM(config)
     embedding = model.model.embed_tokens.weight
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
     others = [p for p in model.parameters() if p.ndim == 1] + [embedding]
@@ -218,7 +220,7 @@ def write_tasks(tasks, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["large", "small", "facts", "sums", "tasks"])
+    parser.add_argument("parts", nargs="+", choices=["large", "finish", "small", "facts", "sums", "tasks"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "models" / "demo")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (one beside another part)")
     arguments = parser.parse_args()
@@ -237,11 +239,13 @@ def main():
         if part == "tasks":
             write_tasks(tasks, arguments.out / "tasks")
             continue
-        if part in SIZES:
-            folder = arguments.out / part
+        if part in PRETRAINING:
+            size, start = ("large", arguments.out / "large") if part == "finish" else (part, None)
+            folder = arguments.out / size
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint = folder / "checkpoint.pt"
-            model = pretrain(world, tokenizer, part, checkpoint=checkpoint, log=log, **PRETRAINING[part])
+            plan = PRETRAINING[part]
+            model = pretrain(world, tokenizer, size, start=start, checkpoint=checkpoint, log=log, **plan)
         else:
             model = fine_tune(tokenizer, arguments.out / "small", tasks[part][0], log=log, **FINE_TUNING[part])
             folder = arguments.out / f"expert-{part}"
