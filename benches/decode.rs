@@ -3,6 +3,8 @@
 //!
 //! `DLF_BENCH_MODEL=DIRECTORY` measures that model instead, `DLF_BENCH_THREADS` sets the threads.
 
+#![allow(clippy::expect_used, reason = "a benchmark")]
+
 use std::path::Path;
 use std::sync::Arc;
 

@@ -105,7 +105,8 @@ impl CpuBackend {
         let pool = Pool::new(threads)?;
         let models = ensemble.models();
         let configs = || models.iter().map(|model| &*model.config);
-        let widest = configs().map(|config| config.hidden_size.max(config.intermediate_size)).max().unwrap_or(1);
+        let widest =
+            configs().map(|config| config.hidden_size.max(config.intermediate_size)).max().unwrap_or(1);
         let scratch = || {
             Mutex::new(Scratch {
                 tile: TileScratch::new(widest),
@@ -151,7 +152,8 @@ impl CpuBackend {
                 expected: expected.to_owned(),
                 found: format!("{row:?}"),
             };
-            let model = self.ensemble.models().get(row.model).ok_or_else(|| invalid("a model of the ensemble"))?;
+            let model =
+                self.ensemble.models().get(row.model).ok_or_else(|| invalid("a model of the ensemble"))?;
             if row.token as usize >= model.config.vocab_size {
                 return Err(invalid("a token of the model's vocabulary"));
             }
@@ -220,7 +222,8 @@ impl Backend for CpuBackend {
             }
             of_row
         };
-        let mut parallel = |tasks: usize, task: &(dyn Fn(usize) + Sync)| pool.run(tasks, |_, index| task(index));
+        let mut parallel =
+            |tasks: usize, task: &(dyn Fn(usize) + Sync)| pool.run(tasks, |_, index| task(index));
         fuser.fuse(&mut parallel, rows, &row_logits, decisions);
         Ok(())
     }

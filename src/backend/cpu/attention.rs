@@ -286,7 +286,8 @@ impl Kernel for Prepare<'_, '_> {
         let scale = 1.0 / (head_dim as f32).sqrt();
         for row in 0..tile.rows {
             let (cos, sin) = (attention.cos.row(tile.row + row), attention.sin.row(tile.row + row));
-            let from = &attention.qkv.row(tile.row + row)[head * group * head_dim..(head + 1) * group * head_dim];
+            let from =
+                &attention.qkv.row(tile.row + row)[head * group * head_dim..(head + 1) * group * head_dim];
             let to = &mut scratch.queries[row * group * head_dim..(row + 1) * group * head_dim];
             for (from, to) in from.chunks_exact(head_dim).zip(to.chunks_exact_mut(head_dim)) {
                 rotate(from, cos, sin, scale, to);
@@ -319,9 +320,11 @@ impl Kernel for Chunk<'_, '_> {
         let start = chunk * CHUNK;
         let end = (tile.position + tile.rows).min(start + CHUNK);
         // The positions below `end` that the row of `query` sees, from `from` on.
-        let seen = |query: usize, from: usize| (tile.position + query / group + 1).min(end).saturating_sub(from);
+        let seen =
+            |query: usize, from: usize| (tile.position + query / group + 1).min(end).saturating_sub(from);
         let first = |from: usize| from.saturating_sub(tile.position) * group;
-        let blocks = || (start..end).step_by(BLOCK_SIZE).map(|from| (from, table[from / BLOCK_SIZE] as usize));
+        let blocks =
+            || (start..end).step_by(BLOCK_SIZE).map(|from| (from, table[from / BLOCK_SIZE] as usize));
 
         for (from, block) in blocks() {
             let keys = &cache.data()[cache.layout().block(attention.layer, block, head).0];

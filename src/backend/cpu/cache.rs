@@ -34,7 +34,8 @@ impl Lazy {
         let bytes = bytes.filter(|&bytes| bytes <= isize::MAX as usize);
         let bytes = bytes.ok_or_else(|| no_memory("more than the address space".to_owned()))?;
         // A map of no bytes is an error on most systems.
-        let map = MmapMut::map_anon(bytes.max(size_of::<f32>())).map_err(|source| no_memory(source.to_string()))?;
+        let map =
+            MmapMut::map_anon(bytes.max(size_of::<f32>())).map_err(|source| no_memory(source.to_string()))?;
         Ok(Self { map })
     }
 

@@ -116,7 +116,8 @@ impl Group {
         let config = Arc::clone(&ensemble.models().get(*models.first()?)?.config);
         let rows = MOST_ROWS.min(rows * models.len());
         let adapters = models.iter().filter_map(|&model| ensemble.models()[model].adapter.as_deref());
-        let deltas = adapters.flat_map(|adapter| &adapter.layers).flat_map(|layer| layer.deltas.iter().flatten());
+        let deltas =
+            adapters.flat_map(|adapter| &adapter.layers).flat_map(|layer| layer.deltas.iter().flatten());
         let rank = padded(deltas.filter_map(|delta| delta.a.shape().first().copied()).max().unwrap_or(0));
         let queries = config.num_attention_heads * config.head_dim;
         let keys = config.num_key_value_heads * config.head_dim;
@@ -199,7 +200,8 @@ impl Group {
         let stage = Stage { group: (&self.plan, self.rank), ensemble, layer };
         let Activations { hidden, normed, qkv, attended, low_rank, cos, sin, .. } = &mut self.activations;
 
-        let deltas = stage.low_rank(machine, normed, low_rank, &[Projection::Q, Projection::K, Projection::V]);
+        let deltas =
+            stage.low_rank(machine, normed, low_rank, &[Projection::Q, Projection::K, Projection::V]);
         let products: ArrayVec<_, MAX_PRODUCTS> = stage
             .layers()
             .flat_map(|(weights, rows)| {
@@ -379,7 +381,13 @@ fn extend(spans: &mut ArrayVec<Span, MAX_GROUP>, model: usize, row: usize) {
 
 impl Plan {
     /// Takes over the rows of a turn.
-    fn fill(&mut self, ensemble: &Ensemble, config: &LlamaConfig, slots: usize, rows: impl Iterator<Item = Row>) {
+    fn fill(
+        &mut self,
+        ensemble: &Ensemble,
+        config: &LlamaConfig,
+        slots: usize,
+        rows: impl Iterator<Item = Row>,
+    ) {
         self.rows.clear();
         self.rows.extend(rows);
         self.models.clear();
@@ -491,7 +499,8 @@ impl Append<'_> {
         let heads = self.config.num_key_value_heads;
         let layouts: ArrayVec<_, MAX_GROUP> =
             self.plan.models.iter().map(|span| machine.caches[span.model].layout()).collect();
-        let mut memories: ArrayVec<_, { MAX_GROUP + 1 }> = machine.caches.iter_mut().map(KvCache::shared).collect();
+        let mut memories: ArrayVec<_, { MAX_GROUP + 1 }> =
+            machine.caches.iter_mut().map(KvCache::shared).collect();
         let memories = &memories.as_mut_slice()[..];
         let scratch = machine.scratch;
         let task = |thread: usize, index: usize| {

@@ -149,7 +149,8 @@ impl<E: Element> MatMul<'_, E> {
         acc.copy_from_slice(&waiting[..M]);
         // SAFETY: `run` asserted that `x` holds `rows` rows of whole vectors and `w` `cols` rows of k; row + M is
         // at most `rows` and col + N at most `cols`.
-        let (x, w) = unsafe { (self.x.as_ptr().add(row * self.x_stride), self.w.as_ptr().add(col * self.w_stride)) };
+        let (x, w) =
+            unsafe { (self.x.as_ptr().add(row * self.x_stride), self.w.as_ptr().add(col * self.w_stride)) };
         let ahead = AHEAD.max(N * self.w_stride * size_of::<E>());
         let whole = steps.end.min(self.k / LANES);
         let mut k = steps.start * LANES;

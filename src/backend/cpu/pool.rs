@@ -87,7 +87,10 @@ impl Pool {
             let worker = thread::Builder::new()
                 .name(format!("dlf-worker-{index}"))
                 .spawn(move || shared.work(index))
-                .map_err(|source| Error::Device { requested: "cpu".to_owned(), reason: source.to_string() })?;
+                .map_err(|source| Error::Device {
+                    requested: "cpu".to_owned(),
+                    reason: source.to_string(),
+                })?;
             pool.workers.push(worker);
         }
         Ok(pool)
@@ -157,7 +160,8 @@ impl Shared {
             if unclaimed == 0 {
                 return false;
             }
-            match self.ticket.compare_exchange_weak(ticket, ticket - 1, Ordering::Acquire, Ordering::Relaxed) {
+            match self.ticket.compare_exchange_weak(ticket, ticket - 1, Ordering::Acquire, Ordering::Relaxed)
+            {
                 Ok(_) => break unclaimed,
                 Err(now) => ticket = now,
             }

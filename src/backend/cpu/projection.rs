@@ -137,7 +137,10 @@ impl TileScratch {
     /// For sums of up to `k` terms.
     pub(crate) fn new(k: usize) -> Self {
         let panel = PANEL_FLOATS.max(4 * padded(k));
-        Self { panels: [vec![0.0; panel], vec![0.0; panel]], tiles: std::array::from_fn(|_| vec![0.0; TILE_FLOATS]) }
+        Self {
+            panels: [vec![0.0; panel], vec![0.0; panel]],
+            tiles: std::array::from_fn(|_| vec![0.0; TILE_FLOATS]),
+        }
     }
 }
 
@@ -201,7 +204,8 @@ impl Region<'_> {
         let TileScratch { panels: [panel, panel2], tiles: [tile, tile2, low] } = scratch;
         let convert = last_row - first_row >= CONVERT_ROWS;
         let first = Panel::new(self.isa, product.first.weight, k, col..col + cols, convert, panel);
-        let second = product.second.map(|w| (w, Panel::new(self.isa, w.weight, k, col..col + cols, convert, panel2)));
+        let second =
+            product.second.map(|w| (w, Panel::new(self.isa, w.weight, k, col..col + cols, convert, panel2)));
         // A block of activations stays in L2 while all weight rows of the task pass over it.
         let step = (PANEL_FLOATS / padded(k) / 3 * 3).clamp(3, BLOCK_ROWS);
         let mut row = first_row;
@@ -248,7 +252,11 @@ impl Region<'_> {
             panel.multiply(self.isa, self.low_rank, delta.column, updated.clone(), cols, low);
             let start = (updated.start - rows.start) * stride;
             let len = updated.len() * stride;
-            self.isa.run(AddScaled { y: &mut tile[start..start + len], x: &low[..len], scale: delta.delta.scale });
+            self.isa.run(AddScaled {
+                y: &mut tile[start..start + len],
+                x: &low[..len],
+                scale: delta.delta.scale,
+            });
         }
     }
 

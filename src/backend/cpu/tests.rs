@@ -33,7 +33,11 @@ fn noise(seed: u64) -> impl FnMut() -> f32 {
 
 /// x Wᵀ of `rows` by `cols`, with strides that leave guards between the rows of y; checks it against f64 and
 /// returns it.
-fn checked<E: Element>(isa: Isa, (rows, cols, k): (usize, usize, usize), from: impl Fn(f32) -> E) -> Vec<f32> {
+fn checked<E: Element>(
+    isa: Isa,
+    (rows, cols, k): (usize, usize, usize),
+    from: impl Fn(f32) -> E,
+) -> Vec<f32> {
     let mut next = noise((rows * 1000 + cols) as u64 * 10_000 + k as u64);
     let x_stride = padded(k) + 8;
     let mut x = vec![f32::NAN; rows * x_stride];
@@ -58,7 +62,10 @@ fn checked<E: Element>(isa: Isa, (rows, cols, k): (usize, usize, usize), from: i
             // Each of the eight lanes adds k / 8 terms one after the other, then three sums: the classic bound
             // n · ε · Σ|terms| with n = k / 8 + 3, doubled where product and sum round separately.
             let bound = 2.0 * (k / 8 + 4) as f64 * f64::from(f32::EPSILON) / 2.0 * magnitude;
-            assert!((f64::from(y) - sum).abs() <= bound, "{isa:?} {rows}x{cols}x{k} at {r},{c}: {y} and {sum}");
+            assert!(
+                (f64::from(y) - sum).abs() <= bound,
+                "{isa:?} {rows}x{cols}x{k} at {r},{c}: {y} and {sum}"
+            );
         }
         results.extend_from_slice(&row[..cols]);
     }
@@ -84,11 +91,13 @@ fn converted_weights_give_the_same_bits() {
     let (rows, cols, k) = (13, 7, 1083);
     for isa in every_isa() {
         let mut next = noise(3);
-        let x: Vec<f32> = (0..rows * padded(k)).map(|i| if i % padded(k) < k { next() } else { 0.0 }).collect();
+        let x: Vec<f32> =
+            (0..rows * padded(k)).map(|i| if i % padded(k) < k { next() } else { 0.0 }).collect();
         let w: Vec<bf16> = (0..cols * k).map(|_| bf16::from_f32(next())).collect();
         let mut panel = vec![f32::NAN; cols * padded(k)];
         isa.run(Convert { from: &w, k, to: &mut panel });
-        let (mut stored, mut converted, mut alone) = (vec![0.0; rows * cols], vec![0.0; rows * cols], vec![0.0; cols]);
+        let (mut stored, mut converted, mut alone) =
+            (vec![0.0; rows * cols], vec![0.0; rows * cols], vec![0.0; cols]);
         let (x_stride, y_stride) = (padded(k), cols);
         isa.run(MatMul { x: &x, x_stride, rows, w: &w, w_stride: k, k, cols, y: &mut stored, y_stride });
         let w_stride = padded(k);
@@ -111,7 +120,14 @@ fn model(dtype: Dtype) -> LlamaModel {
         "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": false}"#;
     let config = Arc::new(LlamaConfig::from_json("config.json".as_ref(), json, None).unwrap());
     let weights = Arc::new(LlamaWeights::random(&config, dtype, 8));
-    LlamaModel { role: Role::Small, name: "small".to_owned(), path: "memory".into(), config, weights, adapter: None }
+    LlamaModel {
+        role: Role::Small,
+        name: "small".to_owned(),
+        path: "memory".into(),
+        config,
+        weights,
+        adapter: None,
+    }
 }
 
 /// Logits of the last tokens of a sequence of 290, decoded after a prompt, with a cache that holds `poison`.
@@ -153,7 +169,8 @@ fn instruction_sets_agree() {
         let portable = decode(dtype, Isa::Portable, 0.0);
         let detected = decode(dtype, Isa::detect(), 0.0);
         let difference = |(a, b): (&f32, &f32)| (a - b).abs();
-        let worst = portable.iter().flatten().zip(detected.iter().flatten()).map(difference).fold(0.0, f32::max);
+        let worst =
+            portable.iter().flatten().zip(detected.iter().flatten()).map(difference).fold(0.0, f32::max);
         // Without FMA every product rounds once more; logits are of the order of 1, and each side is within 1e-5
         // of the definition.
         assert!(worst < 1e-5, "{dtype:?}: {worst:e}");
