@@ -111,6 +111,11 @@ impl BlockPool {
     /// Makes the whole blocks of `tokens`, which `table` holds, findable by later sequences. Calling it again
     /// with more tokens of the same sequence registers the blocks that have filled up since.
     pub fn register(&mut self, table: &BlockTable, tokens: &[u32]) {
+        let last = (tokens.len() / BLOCK_SIZE).checked_sub(1).and_then(|last| table.blocks.get(last));
+        if last.is_none_or(|&last| self.blocks[last as usize].registered.is_some()) {
+            // Blocks are registered in order: nothing has filled up since. So it is for most decoded tokens.
+            return;
+        }
         let mut prefix = ROOT;
         for (&block, tokens) in table.blocks.iter().zip(tokens.as_chunks::<BLOCK_SIZE>().0) {
             let content = Content { prefix, tokens: *tokens };

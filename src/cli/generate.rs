@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::args::GenerateArgs;
 use super::color;
 use super::input::{Encoder, Item, Source, read_jsonl, read_text};
-use super::output::{InOrder, JsonLines};
+use super::output::{InOrder, JsonLines, check_distinct, check_resumed};
 use super::record::TokenRecord;
 use crate::ensemble::Ensemble;
 use crate::error::Error;
@@ -81,6 +81,14 @@ fn prompt_tokens(request: &Request) -> usize {
     request.prompts.first().map_or(0, Vec::len)
 }
 
+/// The prompt as results repeat it.
+fn prompt_json(item: &Item) -> Value {
+    match &item.prompt {
+        Some(prompt) => prompt.to_json(),
+        None => item.prompts.iter().map(|(role, p)| (role.clone(), p.to_json())).collect(),
+    }
+}
+
 /// One prompt's result so far.
 struct Run {
     prompt_tokens: usize,
@@ -107,10 +115,7 @@ impl Run {
     }
 
     fn to_json(&self, item: &Item) -> Value {
-        let prompt = match &item.prompt {
-            Some(prompt) => prompt.to_json(),
-            None => item.prompts.iter().map(|(role, p)| (role.clone(), p.to_json())).collect(),
-        };
+        let prompt = prompt_json(item);
         if let Some(failure) = &self.failure {
             return json!({ "prompt": prompt, "error": failure });
         }
@@ -157,10 +162,18 @@ struct View<'a> {
 
 impl<'a> View<'a> {
     fn open(args: &GenerateArgs, ensemble: &'a Ensemble, items: &'a [Item]) -> Result<Self> {
+        check_distinct(&[
+            ("--input", args.input.as_deref()),
+            ("--prompt-file", args.prompt_file.as_deref()),
+            ("--output", args.run.output.as_deref()),
+            ("--trace", args.trace.as_deref()),
+        ])?;
         let mut done = 0;
         let json = match &args.run.output {
             Some(path) if args.run.resume => {
-                let (lines, kept) = JsonLines::resume(path, |_| true)?;
+                let (lines, kept) = JsonLines::resume(path, |index, line| {
+                    check_resumed(line, "prompt", items.get(index).map(prompt_json))
+                })?;
                 done = kept;
                 Some(lines)
             }
@@ -168,18 +181,19 @@ impl<'a> View<'a> {
             None if args.run.json => Some(JsonLines::stdout()),
             None => None,
         };
-        if done > items.len() {
-            bail!("--resume: the output has {done} lines, the input only {}", items.len());
-        }
         let trace = match &args.trace {
             Some(path) if args.run.resume => {
-                let of_done = |line: &Value| line["prompt_index"].as_u64().is_some_and(|i| i < done as u64);
+                let of_done = |_, line: &Value| {
+                    let index = line["prompt_index"].as_u64().context("not a line of a trace")?;
+                    Ok(index < done as u64)
+                };
                 Some(JsonLines::resume(path, of_done)?.0)
             }
             Some(path) => Some(JsonLines::create(path)?),
             None => None,
         };
-        let progress = if items.len() > 1 && !args.run.quiet && (json.is_none() || args.run.output.is_some()) {
+        let progress = if items.len() > 1 && !args.run.quiet && (json.is_none() || args.run.output.is_some())
+        {
             progress_bar(items.len())?
         } else {
             ProgressBar::hidden()

@@ -78,7 +78,9 @@ fn parse_line(line: &str, required: &str) -> Result<Item> {
                 prompts.push((role, value));
             }
         }
-        Some(other) => bail!("`prompts`: expected an object of prompts by role, found {other}"),
+        Some(other) => {
+            bail!("`prompts`: expected an object of prompts by role, found {}", crate::json::show(&other))
+        }
     }
     let item = Item { prompt, prompts, text };
     match required {
@@ -96,7 +98,9 @@ fn source(field: &str, value: Value) -> Result<Source> {
             let ids: Option<Vec<u32>> = ids.into_iter().map(id).collect();
             Ok(Source::Ids(ids.with_context(|| format!("`{field}`: expected token ids"))?))
         }
-        other => bail!("`{field}`: expected a string or a list of token ids, found {other}"),
+        other => {
+            bail!("`{field}`: expected a string or a list of token ids, found {}", crate::json::show(&other))
+        }
     }
 }
 
@@ -121,7 +125,12 @@ impl Encoder<'_> {
     /// The prompt of every model, indexed like [`Ensemble::models`].
     pub(crate) fn prompts(&self, item: &Item) -> Result<Vec<Vec<u32>>> {
         for (name, _) in &item.prompts {
-            if !self.ensemble.models().iter().any(|model| names(model.role, &model.name).contains(&name.as_str())) {
+            if !self
+                .ensemble
+                .models()
+                .iter()
+                .any(|model| names(model.role, &model.name).contains(&name.as_str()))
+            {
                 bail!("`prompts`: there is no model {name:?} in this ensemble");
             }
         }
@@ -193,7 +202,8 @@ mod tests {
 
     #[test]
     fn lines_may_have_prompts_by_role() {
-        let item = parse_line(r#"{"prompt": "a", "prompts": {"expert": [1, 2]}, "id": 7}"#, "prompt").unwrap();
+        let item =
+            parse_line(r#"{"prompt": "a", "prompts": {"expert": [1, 2]}, "id": 7}"#, "prompt").unwrap();
         assert_eq!(item.prompt, Some(Source::Text("a".to_owned())));
         assert_eq!(item.prompts, [("expert".to_owned(), Source::Ids(vec![1, 2]))]);
     }

@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -27,9 +27,15 @@ impl JsonLines {
         Ok(Self { name: path.to_owned(), writer: Box::new(BufWriter::new(file)) })
     }
 
-    /// To a file whose beginning is kept: its whole lines, up to the first that `keep` declines. Returns how many
-    /// were kept. A file that isn't there is begun.
-    pub(crate) fn resume(path: &Path, mut keep: impl FnMut(&Value) -> bool) -> Result<(Self, usize)> {
+    /// To a file whose beginning is kept: its whole lines, up to the first that `keep` declines. `keep` is given
+    /// the line's number, from 0. Returns how many were kept. A file that isn't there is begun.
+    ///
+    /// # Errors
+    /// Where a whole line isn't JSON, or `keep` fails: the file is another one, and is left as it is.
+    pub(crate) fn resume(
+        path: &Path,
+        mut keep: impl FnMut(usize, &Value) -> Result<bool>,
+    ) -> Result<(Self, usize)> {
         let name = path.display();
         let mut file = OpenOptions::new()
             .read(true)
@@ -44,8 +50,10 @@ impl JsonLines {
             line.clear();
             let read = reader.read_until(b'\n', &mut line).with_context(|| name.to_string())?;
             // A line without its end was being written when the run was killed.
-            let whole = line.strip_suffix(b"\n").and_then(|line| serde_json::from_slice(line).ok());
-            if !whole.is_some_and(|value| keep(&value)) {
+            let Some(whole) = line.strip_suffix(b"\n") else { break };
+            let place = || format!("--resume: {name}:{}", kept + 1);
+            let value = serde_json::from_slice(whole).with_context(place)?;
+            if !keep(kept, &value).with_context(place)? {
                 break;
             }
             end += read as u64;
@@ -63,6 +71,34 @@ impl JsonLines {
         let written = self.writer.write_all(&line).and_then(|()| self.writer.flush());
         written.with_context(|| self.name.display().to_string())
     }
+}
+
+/// Fails where a line of an output to resume isn't the result of the input line in its place.
+pub(crate) fn check_resumed(line: &Value, field: &str, wanted: Option<Value>) -> Result<bool> {
+    let Some(wanted) = wanted else { bail!("the output has more lines than the input") };
+    ensure!(
+        line[field] == wanted,
+        "the input has another `{field}` here: it has changed, or the output is another one"
+    );
+    Ok(true)
+}
+
+/// Fails where two of the files named by flags are the same regular file: writing one would destroy the other.
+pub(crate) fn check_distinct(files: &[(&str, Option<&Path>)]) -> Result<()> {
+    let mut known: Vec<(&str, PathBuf)> = Vec::new();
+    for &(flag, path) in files {
+        let Some(path) = path else { continue };
+        // What isn't there yet is told apart by the way it is written.
+        let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        if real.exists() && !real.is_file() {
+            continue;
+        }
+        if let Some((other, _)) = known.iter().find(|(_, file)| *file == real) {
+            bail!("{other} and {flag} are one file: {}", path.display());
+        }
+        known.push((flag, real));
+    }
+    Ok(())
 }
 
 /// Hands out results in the order of their numbers.
@@ -112,7 +148,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("out.jsonl");
         std::fs::write(&path, "{\"a\":1}\n{\"a\":2}\n{\"a\":").unwrap();
-        let (mut lines, kept) = JsonLines::resume(&path, |_| true).unwrap();
+        let (mut lines, kept) = JsonLines::resume(&path, |_, _| Ok(true)).unwrap();
         assert_eq!(kept, 2);
         lines.write(&serde_json::json!({"a": 3})).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\"a\":1}\n{\"a\":2}\n{\"a\":3}\n");
@@ -123,7 +159,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("out.jsonl");
         std::fs::write(&path, "{\"a\":1}\n{\"a\":2}\n{\"a\":3}\n").unwrap();
-        let (_, kept) = JsonLines::resume(&path, |value| value["a"] != 2).unwrap();
+        let (_, kept) = JsonLines::resume(&path, |_, value| Ok(value["a"] != 2)).unwrap();
         assert_eq!(kept, 1);
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\"a\":1}\n");
     }

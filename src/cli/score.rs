@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::args::ScoreArgs;
 use super::generate::progress_bar;
 use super::input::{Encoder, Item, Source, read_jsonl};
-use super::output::{InOrder, JsonLines};
+use super::output::{InOrder, JsonLines, check_distinct, check_resumed};
 use super::record::TokenRecord;
 use crate::ensemble::Ensemble;
 use crate::error::Error;
@@ -136,17 +136,17 @@ struct Output<'a> {
 
 impl<'a> Output<'a> {
     fn open(args: &ScoreArgs, ensemble: &'a Ensemble, texts: &'a [Text]) -> Result<Self> {
+        check_distinct(&[("--input", args.input.as_deref()), ("--output", args.run.output.as_deref())])?;
         let (json, done) = match &args.run.output {
             Some(path) if args.run.resume => {
-                let (lines, kept) = JsonLines::resume(path, |_: &Value| true)?;
+                let (lines, kept) = JsonLines::resume(path, |index, line| {
+                    check_resumed(line, "ids", texts.get(index).map(|text| Value::from(text.ids())))
+                })?;
                 (Some(lines), kept)
             }
             Some(path) => (Some(JsonLines::create(path)?), 0),
             None => (args.run.json.then(JsonLines::stdout), 0),
         };
-        if done > texts.len() {
-            bail!("--resume: the output has {done} lines, the input only {}", texts.len());
-        }
         let to_file = args.run.output.is_some();
         let progress = if texts.len() > 1 && !args.run.quiet && to_file {
             progress_bar(texts.len())?
@@ -186,7 +186,11 @@ fn table(steps: &[Step]) -> String {
     let mut text = format!("{:>6} {:>8} {:>6} {:>10} {:>10}  text\n", "step", "token", "α", "log P̃", "log P");
     for step in steps {
         let decision = &step.decision;
-        let alpha = if decision.alpha.is_empty() { "-".into() } else { format!("{:.2}", decision.alpha.iter().sum::<f64>()) };
+        let alpha = if decision.alpha.is_empty() {
+            "-".into()
+        } else {
+            format!("{:.2}", decision.alpha.iter().sum::<f64>())
+        };
         let large = decision.logprob_large.map_or("-".to_owned(), |logprob| format!("{logprob:.4}"));
         text.push_str(&format!(
             "{:>6} {:>8} {alpha:>6} {:>10.4} {large:>10}  {:?}\n",
