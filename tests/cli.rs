@@ -1,4 +1,5 @@
 //! The real binary, as a user types it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, reason = "a test")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -105,7 +106,8 @@ fn a_trace_has_one_record_a_token_with_every_field() {
         }
         let differs = record["token_id"] != record["argmax_large"];
         assert_eq!(record["changed"], differs);
-        let alphas: Vec<f64> = record["alpha"].as_array().unwrap().iter().map(|a| a.as_f64().unwrap()).collect();
+        let alphas: Vec<f64> =
+            record["alpha"].as_array().unwrap().iter().map(|a| a.as_f64().unwrap()).collect();
         assert!(alphas.iter().filter(|&&alpha| alpha != 0.0).count() <= 1, "one expert acts: {alphas:?}");
     }
     let text: String = records.iter().map(|record| record["text"].as_str().unwrap()).collect();
@@ -140,12 +142,14 @@ fn identities_hold_on_the_command_line() {
 fn batches_keep_their_order_and_their_texts() {
     let dir = tempfile::tempdir().unwrap();
     let input = dir.path().join("in.jsonl");
-    let prompts: Vec<String> =
-        (0..7).map(|k| format!("Question: Tom has {k} apples and buys {}2 more.", "1".repeat(k % 3))).collect();
+    let prompts: Vec<String> = (0..7)
+        .map(|k| format!("Question: Tom has {k} apples and buys {}2 more.", "1".repeat(k % 3)))
+        .collect();
     let lines: Vec<String> = prompts.iter().map(|p| serde_json::json!({ "prompt": p }).to_string()).collect();
     fs::write(&input, lines.join("\n")).unwrap();
     let sampling = ["-n", "10", "--temperature", "0.8", "--seed", "7", "--json"];
-    let batch = [&["generate", "--input", input.to_str().unwrap(), "--batch-size", "3"][..], &sampling].concat();
+    let batch =
+        [&["generate", "--input", input.to_str().unwrap(), "--batch-size", "3"][..], &sampling].concat();
     let together = json_lines(&batch);
     assert_eq!(together.len(), 7);
     for (prompt, result) in prompts.iter().zip(&together) {
@@ -164,7 +168,8 @@ fn a_killed_run_resumes() {
         (0..5).map(|k| serde_json::json!({ "prompt": format!("There are {k}") }).to_string()).collect();
     fs::write(path("in.jsonl"), lines.join("\n")).unwrap();
     let go = |output: &str, trace: &str, more: &[&str]| {
-        let base = ["generate", "--input", &path("in.jsonl"), "-n", "6", "--output", output, "--trace", trace];
+        let base =
+            ["generate", "--input", &path("in.jsonl"), "-n", "6", "--output", output, "--trace", trace];
         let run = run(&[&base[..], more].concat());
         assert_eq!(run.code, 0, "{}", run.stderr);
     };
@@ -220,11 +225,18 @@ fn scores_are_those_of_generation() {
 fn ids_are_scored_as_they_are() {
     let scored = json_lines(&["score", "--ids", "5,6,7,8", "--json"]).remove(0);
     assert_eq!(scored["ids"], serde_json::json!([5, 6, 7, 8]));
-    let ids: Vec<u64> =
-        scored["tokens"].as_array().unwrap().iter().map(|token| token["token_id"].as_u64().unwrap()).collect();
+    let ids: Vec<u64> = scored["tokens"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|token| token["token_id"].as_u64().unwrap())
+        .collect();
     assert_eq!(ids, [6, 7, 8]);
     let one = json_lines(&["score", "--ids", "5", "--json"]).remove(0);
-    assert_eq!((&one["tokens"], &one["sum_logprob_fused"]), (&serde_json::json!([]), &serde_json::json!(0.0)));
+    assert_eq!(
+        (&one["tokens"], &one["sum_logprob_fused"]),
+        (&serde_json::json!([]), &serde_json::json!(0.0))
+    );
 }
 
 #[test]
@@ -294,7 +306,11 @@ fn nan_weights_are_an_error_that_names_the_model() {
     let dir = dir.path().to_str().unwrap();
     let run = run(&["generate", "--small", dir, "--method", "small", "--prompt-ids", "1,2", "--json"]);
     assert_eq!(run.code, 1);
-    assert!(run.stderr.contains("the small model computed NaN") && run.stderr.contains("step 0"), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("the small model computed NaN") && run.stderr.contains("step 0"),
+        "{}",
+        run.stderr
+    );
 }
 
 #[cfg(target_os = "linux")]

@@ -179,7 +179,8 @@ impl<'a> View<'a> {
             Some(path) => Some(JsonLines::create(path)?),
             None => None,
         };
-        let progress = if items.len() > 1 && !args.run.quiet && (json.is_none() || args.run.output.is_some()) {
+        let progress = if items.len() > 1 && !args.run.quiet && (json.is_none() || args.run.output.is_some())
+        {
             progress_bar(items.len())?
         } else {
             ProgressBar::hidden()

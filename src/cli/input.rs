@@ -121,7 +121,12 @@ impl Encoder<'_> {
     /// The prompt of every model, indexed like [`Ensemble::models`].
     pub(crate) fn prompts(&self, item: &Item) -> Result<Vec<Vec<u32>>> {
         for (name, _) in &item.prompts {
-            if !self.ensemble.models().iter().any(|model| names(model.role, &model.name).contains(&name.as_str())) {
+            if !self
+                .ensemble
+                .models()
+                .iter()
+                .any(|model| names(model.role, &model.name).contains(&name.as_str()))
+            {
                 bail!("`prompts`: there is no model {name:?} in this ensemble");
             }
         }
@@ -193,7 +198,8 @@ mod tests {
 
     #[test]
     fn lines_may_have_prompts_by_role() {
-        let item = parse_line(r#"{"prompt": "a", "prompts": {"expert": [1, 2]}, "id": 7}"#, "prompt").unwrap();
+        let item =
+            parse_line(r#"{"prompt": "a", "prompts": {"expert": [1, 2]}, "id": 7}"#, "prompt").unwrap();
         assert_eq!(item.prompt, Some(Source::Text("a".to_owned())));
         assert_eq!(item.prompts, [("expert".to_owned(), Source::Ids(vec![1, 2]))]);
     }

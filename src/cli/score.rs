@@ -186,7 +186,11 @@ fn table(steps: &[Step]) -> String {
     let mut text = format!("{:>6} {:>8} {:>6} {:>10} {:>10}  text\n", "step", "token", "α", "log P̃", "log P");
     for step in steps {
         let decision = &step.decision;
-        let alpha = if decision.alpha.is_empty() { "-".into() } else { format!("{:.2}", decision.alpha.iter().sum::<f64>()) };
+        let alpha = if decision.alpha.is_empty() {
+            "-".into()
+        } else {
+            format!("{:.2}", decision.alpha.iter().sum::<f64>())
+        };
         let large = decision.logprob_large.map_or("-".to_owned(), |logprob| format!("{logprob:.4}"));
         text.push_str(&format!(
             "{:>6} {:>8} {alpha:>6} {:>10.4} {large:>10}  {:?}\n",
