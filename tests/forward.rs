@@ -193,7 +193,7 @@ fn rows_do_not_depend_on_their_batch() {
             .flat_map(|(index, sequence)| (0..sequence.tokens.len()).map(move |p| vec![(index, p..p + 1)]))
             .collect();
         let expected = feed(&mut alone, &sequences, &single);
-        let whole = |_: usize, length: usize| vec![0..length];
+        let whole = |_: usize, length: usize| std::iter::once(0..length).collect();
         let chunks = |index: usize, length: usize| {
             let size = [5, 64, 1, 17, 100, 3, 33, 8, 9, 130][index % 10];
             (0..length).step_by(size).map(|start| start..length.min(start + size)).collect()
