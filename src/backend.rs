@@ -156,7 +156,10 @@ impl BackendOptions {
         match self.device {
             Device::Auto | Device::Cpu => {
                 let threads = self.threads.unwrap_or_else(cpu::available_threads);
-                Ok(Box::new(cpu::CpuBackend::new(ensemble, cpu::CpuOptions { threads, limits: self.limits })?))
+                Ok(Box::new(cpu::CpuBackend::new(
+                    ensemble,
+                    cpu::CpuOptions { threads, limits: self.limits },
+                )?))
             }
             Device::Cuda(number) => Err(Error::Device {
                 requested: format!("cuda:{number}"),

@@ -287,11 +287,10 @@ impl Generator {
         let forward = self.backend.forward(&batch)?;
         let decided: usize = pending.iter().map(|pending| pending.steps).sum();
         let share = |time: Duration| time / decided.max(1) as u32;
-        self.fuse(pending, StepTime {
-            large: share(forward.large),
-            small: share(forward.small),
-            fusion: Duration::ZERO,
-        })
+        self.fuse(
+            pending,
+            StepTime { large: share(forward.large), small: share(forward.small), fusion: Duration::ZERO },
+        )
     }
 
     fn has_room(&self) -> bool {

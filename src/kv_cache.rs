@@ -121,17 +121,19 @@ impl BlockPool {
             let content = Content { prefix, tokens: *tokens };
             prefix = match &self.blocks[block as usize].registered {
                 Some(registered) => registered.prefix,
-                None => match self.by_content.get(&content).map(|&twin| &self.blocks[twin as usize].registered) {
-                    // Another sequence computed the same at the same time: its block is the one to be found.
-                    Some(Some(twin)) => twin.prefix,
-                    _ => {
-                        self.clock += 1;
-                        self.by_content.insert(content.clone(), block);
-                        self.blocks[block as usize].registered =
-                            Some(Registered { content, prefix: self.clock });
-                        self.clock
+                None => {
+                    match self.by_content.get(&content).map(|&twin| &self.blocks[twin as usize].registered) {
+                        // Another sequence computed the same at the same time: its block is the one to be found.
+                        Some(Some(twin)) => twin.prefix,
+                        _ => {
+                            self.clock += 1;
+                            self.by_content.insert(content.clone(), block);
+                            self.blocks[block as usize].registered =
+                                Some(Registered { content, prefix: self.clock });
+                            self.clock
+                        }
                     }
-                },
+                }
             };
         }
     }

@@ -1,4 +1,5 @@
 //! The real binary, as a user types it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, reason = "a test")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -265,7 +266,8 @@ fn wrong_input_is_named() {
     fails(&["generate", "--prompt", SUM, "--device", "cuda:7"], "cuda:7");
     fails(&["generate", "--prompt", SUM, "--trace", "no/such/dir/trace.jsonl"], "no/such/dir");
     fails(&["generate", "--input", "no-such-file.jsonl"], "no-such-file.jsonl");
-    fails(&["score", "--text", ""], "empty");
+    fails(&["score", "--text", ""], "the text is empty");
+    fails(&["generate", "--prompt", ""], "empty");
     fails(&["score", "--ids", "1,99999"], "99999");
     refused(&["generate", "--alpha-grid", "0:9:0.1"], "32 candidates");
     refused(&["generate", "--alpha-every", "0"], "alpha-every");

@@ -1,4 +1,5 @@
 //! The `Generator` on a backend that plays a script: scheduling, prefix sharing, limits, stops.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, reason = "a test")]
 
 #[path = "support/scripted.rs"]
 mod scripted;
@@ -137,8 +138,14 @@ fn impossible_requests_are_refused() {
     let context = tiny::CONTEXT;
     let error = |generator: &mut Generator, request| generator.push(request).unwrap_err();
     assert!(matches!(error(&mut generator, Request::new(vec![], 1)), Error::EmptyPrompt { .. }));
-    assert!(matches!(error(&mut generator, Request::new(vec![VOCAB], 1)), Error::TokenOutOfRange { id: VOCAB, .. }));
-    assert!(matches!(error(&mut generator, Request::new(vec![1; context + 1], 1)), Error::PromptTooLong { .. }));
+    assert!(matches!(
+        error(&mut generator, Request::new(vec![VOCAB], 1)),
+        Error::TokenOutOfRange { id: VOCAB, .. }
+    ));
+    assert!(matches!(
+        error(&mut generator, Request::new(vec![1; context + 1], 1)),
+        Error::PromptTooLong { .. }
+    ));
     assert!(matches!(error(&mut generator, Request::new(vec![1], 0)), Error::Parameter { .. }));
     let empty_stop = Request { stop_strings: vec![String::new()], ..Request::new(vec![1], 1) };
     assert!(matches!(error(&mut generator, empty_stop), Error::Parameter { name: "stop", .. }));

@@ -270,17 +270,23 @@ fn lying_headers_are_errors() {
         ((1_u64 << 24).to_le_bytes().to_vec(), "invalid header length"),
         ([&3_u64.to_le_bytes()[..], b"{]}"].concat(), "invalid JSON in header"),
         (file(&json!([1]), &[]), "invalid type: sequence"),
+        (file(&entry("F32", json!([8]), json!([0, 64])), &[0; 32]), "invalid shape, data type, or offset"),
         (
-            file(&entry("F32", json!([8]), json!([0, 64])), &[0; 32]),
-            "invalid shape, data type, or offset",
+            file(&entry("F32", json!([8]), json!([huge - 31, huge])), &[0; 32]),
+            "invalid offset for tensor `model.norm.weight`",
         ),
-        (file(&entry("F32", json!([8]), json!([huge - 31, huge])), &[0; 32]), "invalid offset for tensor `model.norm.weight`"),
-        (file(&entry("F32", json!([8]), json!([32, 0])), &[0; 32]), "invalid offset for tensor `model.norm.weight`"),
+        (
+            file(&entry("F32", json!([8]), json!([32, 0])), &[0; 32]),
+            "invalid offset for tensor `model.norm.weight`",
+        ),
         (file(&entry("F32", json!([8]), json!([0])), &[0; 32]), "expected a tuple of size 2"),
         (file(&entry("F32", json!([-8]), json!([0, 32])), &[0; 32]), "integer `-8`"),
         (file(&entry("F32", json!([8.0]), json!([0, 32])), &[0; 32]), "floating point `8.0`"),
         (file(&entry("F32", json!([8]), json!([0, 32])), &[0; 40]), "file not fully covered"),
-        (file(&entry("F32", json!([8]), json!([8, 40])), &[0; 40]), "invalid offset for tensor `model.norm.weight`"),
+        (
+            file(&entry("F32", json!([8]), json!([8, 40])), &[0; 40]),
+            "invalid offset for tensor `model.norm.weight`",
+        ),
         (
             file(
                 &json!({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},

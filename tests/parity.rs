@@ -1,5 +1,6 @@
 //! The engine against outside engines, whole: the method step by step (numpy on transformers' logits), and a real
 //! model (transformers).
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, reason = "a test")]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,7 +27,8 @@ fn numbers(value: &Value) -> Vec<f64> {
 }
 
 fn run(ensemble: Arc<Ensemble>, requests: Vec<Request>) -> Vec<Vec<Step>> {
-    let longest = requests.iter().map(|r| r.prompts[0].len() + r.forced.len() + r.max_new_tokens).max().unwrap();
+    let longest =
+        requests.iter().map(|r| r.prompts[0].len() + r.forced.len() + r.max_new_tokens).max().unwrap();
     let blocks = blocks_needed(requests.len(), longest);
     let limits = Limits::for_vocabulary(ensemble.vocab_size(), requests.len(), blocks);
     let options = BackendOptions { device: Device::Cpu, threads: Some(2), limits };
@@ -84,7 +86,10 @@ fn every_step_of_the_method_is_the_papers() {
             let close = |found: f64, expected: &Value, what: &str| {
                 let expected = expected.as_f64().unwrap();
                 let tolerance = 1e-4 * (1.0 + expected.abs());
-                assert!((found - expected).abs() < tolerance, "{place}, {what}: {found}, expected {expected}");
+                assert!(
+                    (found - expected).abs() < tolerance,
+                    "{place}, {what}: {found}, expected {expected}"
+                );
             };
             close(decision.loss.unwrap(), &record["loss"], "loss");
             close(decision.kl_fused_large.unwrap(), &record["kl_fused_large"], "KL(P̃‖P)");
@@ -115,7 +120,8 @@ fn smollm2(dtype: &str, variable: &str) {
         let tokenizer = ensemble.tokenizer(0).unwrap();
         assert_eq!(tokenizer.encode(prompt["text"].as_str().unwrap(), false).unwrap(), input, "{name}");
         if let Some(messages) = prompt.get("messages") {
-            let messages: Vec<dlf_engine::tokenizer::Message> = serde_json::from_value(messages.clone()).unwrap();
+            let messages: Vec<dlf_engine::tokenizer::Message> =
+                serde_json::from_value(messages.clone()).unwrap();
             assert_eq!(tokenizer.apply_chat_template(&messages).unwrap(), prompt["text"].as_str().unwrap());
         }
         let greedy = &prompt[dtype];
@@ -133,16 +139,22 @@ fn smollm2(dtype: &str, variable: &str) {
         assert_eq!(tokens, ids(&greedy["greedy_ids"]), "{name}");
         let text: String = steps[input.len() - 1..].iter().map(|step| step.piece.as_str()).collect();
         // Special tokens have no text here.
-        let expected = greedy["greedy_text"].as_str().unwrap().replace("<|im_end|>", "").replace("<|im_start|>", "");
+        let expected =
+            greedy["greedy_text"].as_str().unwrap().replace("<|im_end|>", "").replace("<|im_start|>", "");
         assert_eq!(text, expected, "{name}");
-        let logprobs = [&numbers(&greedy["input_log_probs"])[1..], &numbers(&greedy["greedy_log_probs"])].concat();
+        let logprobs =
+            [&numbers(&greedy["input_log_probs"])[1..], &numbers(&greedy["greedy_log_probs"])].concat();
         let mut worst: f64 = 0.0;
         for (step, expected) in steps.iter().zip(logprobs) {
             // Thirty layers of f32 in another order of summation: measured 4e-5 at worst, and five times that allowed.
             // A wrong constant or position shows as 1e-2 and more.
             let found = step.decision.logprob_fused;
             worst = worst.max((found - expected).abs());
-            assert!((found - expected).abs() < 2e-4, "{name}, step {}: {found}, expected {expected}", step.index);
+            assert!(
+                (found - expected).abs() < 2e-4,
+                "{name}, step {}: {found}, expected {expected}",
+                step.index
+            );
         }
         eprintln!("{name}: log-probabilities differ by at most {worst:.1e}");
     }

@@ -1,4 +1,5 @@
 //! Every command of the README runs as it stands there.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, reason = "a test")]
 
 use std::process::Command;
 
@@ -22,7 +23,12 @@ fn every_command_succeeds() {
         let arguments = command.replace("cargo run --release --", "dlf-engine");
         let binary = cargo_bin("dlf-engine");
         let script = arguments.replacen("dlf-engine", &format!("'{}'", binary.display()), 1);
-        let output = Command::new("sh").arg("-ec").arg(&script).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+        let output = Command::new("sh")
+            .arg("-ec")
+            .arg(&script)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .output()
+            .unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{command}: {stderr}");
         assert!(!output.stdout.is_empty(), "{command}");

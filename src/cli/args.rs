@@ -270,7 +270,9 @@ fn grid(text: &str) -> Result<AlphaGrid, String> {
     };
     let bounds: Vec<f64> = numbers
         .split(':')
-        .map(|n| n.parse().map_err(|_| format!("{n:?} is not a number; expected START:STOP:STEP[:inclusive]")))
+        .map(|n| {
+            n.parse().map_err(|_| format!("{n:?} is not a number; expected START:STOP:STEP[:inclusive]"))
+        })
         .collect::<Result<_, _>>()?;
     let [start, stop, step] = bounds[..] else {
         return Err("expected START:STOP:STEP[:inclusive]".to_owned());
@@ -299,7 +301,8 @@ mod tests {
         assert_eq!(grid("0:2:0.1").unwrap(), AlphaGrid::default());
         assert_eq!(grid("0:2:0.1:inclusive").unwrap().candidates().len(), 21);
         assert_eq!(grid("-1:1:0.5:inclusive").unwrap().candidates(), [-1.0, -0.5, 0.0, 0.5, 1.0]);
-        for wrong in ["", "1", "0:2", "0:2:0", "0:2:x", "0:2:0.1:exclusive", "0:9:0.1", "2:0:0.1", "0:nan:1"] {
+        for wrong in ["", "1", "0:2", "0:2:0", "0:2:x", "0:2:0.1:exclusive", "0:9:0.1", "2:0:0.1", "0:nan:1"]
+        {
             assert!(grid(wrong).is_err(), "{wrong}");
         }
     }

@@ -145,6 +145,10 @@ impl Encoder<'_> {
         match own.or(item.prompt.as_ref()) {
             None => bail!("no prompt for the {} model", entry.role),
             Some(Source::Ids(ids)) => Ok(ids.clone()),
+            // A BOS alone would be a prompt, but hardly the one that was meant.
+            Some(Source::Text(text)) if text.is_empty() => {
+                Err(crate::Error::EmptyPrompt { role: entry.role }.into())
+            }
             Some(Source::Text(text)) => {
                 let tokenizer = self.tokenizer(model)?;
                 if self.chat && self.has_template(model) {
@@ -161,6 +165,7 @@ impl Encoder<'_> {
     pub(crate) fn text(&self, source: &Source, begins: bool) -> Result<Vec<u32>> {
         match source {
             Source::Ids(ids) => Ok(ids.clone()),
+            Source::Text(text) if text.is_empty() => bail!("the text is empty"),
             Source::Text(text) => Ok(self.tokenizer(0)?.encode(text, begins)?),
         }
     }

@@ -139,11 +139,15 @@ impl RunArgs {
         let context = (0..ensemble.models().len()).map(|model| ensemble.context(model)).max().unwrap_or(1);
         let length = |request: &Request| {
             let prompt = request.prompts.iter().map(Vec::len).max().unwrap_or(0);
-            prompt.saturating_add(request.forced.len()).saturating_add(request.max_new_tokens).min(context + 1)
+            prompt
+                .saturating_add(request.forced.len())
+                .saturating_add(request.max_new_tokens)
+                .min(context + 1)
         };
         let longest = requests.iter().map(length).max().unwrap_or(1);
         let sequences = requests.len().clamp(1, self.batch_size.into());
-        let limits = Limits::for_vocabulary(ensemble.vocab_size(), sequences, blocks_needed(sequences, longest));
+        let limits =
+            Limits::for_vocabulary(ensemble.vocab_size(), sequences, blocks_needed(sequences, longest));
         let options = BackendOptions { device: self.device, threads: self.threads.map(usize::from), limits };
         Ok(Generator::new(Arc::clone(&ensemble), options.open(ensemble)?))
     }

@@ -43,7 +43,8 @@ impl StopStrings {
 
 /// The (end, start) of the match that ends first, and among those the one that starts first.
 fn first_match(text: &str, stops: &[String]) -> Option<(usize, usize)> {
-    let matches = stops.iter().filter_map(|stop| text.find(stop.as_str()).map(|start| (start + stop.len(), start)));
+    let matches =
+        stops.iter().filter_map(|stop| text.find(stop.as_str()).map(|start| (start + stop.len(), start)));
     matches.min()
 }
 

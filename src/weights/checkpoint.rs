@@ -125,15 +125,16 @@ impl Checkpoint {
     fn add_file(&mut self, path: &Path, storage: Storage) -> Result<()> {
         let malformed = |reason: String| Error::Weights { path: path.to_owned(), reason };
         let bytes = storage.bytes();
-        let (header_len, metadata) =
-            SafeTensors::read_metadata(bytes).map_err(|error| malformed(format!("damaged or cut off: {error}")))?;
+        let (header_len, metadata) = SafeTensors::read_metadata(bytes)
+            .map_err(|error| malformed(format!("damaged or cut off: {error}")))?;
         let data = bytes.get(LENGTH_BYTES + header_len..).unwrap_or_default();
         let file = self.files.len();
         for (name, info) in metadata.tensors() {
             let (start, end) = info.data_offsets;
             // The crate adds the sizes that a header claims without looking for an overflow.
             if start > end || end > data.len() {
-                let reason = format!("tensor `{name}` ends at byte {end} of {}: the file is cut off", data.len());
+                let reason =
+                    format!("tensor `{name}` ends at byte {end} of {}: the file is cut off", data.len());
                 return Err(malformed(reason));
             }
             let data_start = LENGTH_BYTES + header_len;

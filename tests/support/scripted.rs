@@ -45,9 +45,8 @@ impl Backend for Scripted {
             let Some(slot) = row.slot else { continue };
             assert!(slot < self.limits.slots);
             let blocks = &batch.tables[row.table].blocks;
-            let tokens: Vec<u32> = (0..=row.position)
-                .map(|p| self.cache[&(row.model, blocks[p / BLOCK], p % BLOCK)])
-                .collect();
+            let tokens: Vec<u32> =
+                (0..=row.position).map(|p| self.cache[&(row.model, blocks[p / BLOCK], p % BLOCK)]).collect();
             self.said.insert((row.model, slot), (self.next)(&tokens));
         }
         Ok(ForwardTime::default())
