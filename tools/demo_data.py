@@ -94,12 +94,13 @@ HEADINGS = ["#### People of the town", "#### News", "#### Talk of the day", "###
 SUM_HEADINGS = ["#### Sums", "#### Homework", "#### Notes"]
 
 # Cumulative shares of biographies, conversations, lines of sums (the rest: stories); whether stories are reasoned.
-# "wide" is about everybody, the others about the known people; in "replies" nobody is answered with a name first.
+# "wide" is about everybody, the others about the known people; in the last two no answer begins with a name.
 MIXTURES = {
     "wide": ((0.29, 0.57, 0.80), False),
     "deep": ((0.27, 0.54, 0.62), True),
     "stories": ((0.20, 0.39, 0.44), True),
     "replies": ((0.25, 0.60, 0.66), True),
+    "balance": ((0.18, 0.40, 0.56), True),
 }
 
 
@@ -213,7 +214,7 @@ class World:
         if kind < shares[0]:
             text, headings = self.biography(rng, people), HEADINGS
         elif kind < shares[1]:
-            text, headings = self.conversation(rng, people, mixture != "replies"), HEADINGS
+            text, headings = self.conversation(rng, people, mixture not in ("replies", "balance")), HEADINGS
         elif kind < shares[2]:
             text, headings = self.lines(rng), SUM_HEADINGS
         else:

@@ -1,7 +1,7 @@
 """Trains the demo ensemble in models/demo: one large model, one small model, two experts.
 
-    python tools/train_demo.py large &      # one core, about half an hour
-    python tools/train_demo.py small facts sums    # the other core, a few minutes; the experts start from the small model
+    python tools/train_demo.py large replies balance &
+    python tools/train_demo.py small facts sums tasks    # the experts start from the small model
 
 Every part is seeded and writes one Hugging Face directory (bf16 weights); `tasks` writes the held-out problems.
 No text or weight comes from outside: demo_data.py generates everything.
@@ -36,14 +36,15 @@ SIZES = {
 }
 # Phases: (mixture, steps of the schedule, steps taken of it).
 # The large model's first two phases stop before their schedules end; the next, with its own schedule, takes over.
-# `finish` goes on from the saved large model, with new optimizer states, and replaces it.
+# `replies` and `balance` each go on from the saved large model, with new optimizer states, and replace it.
 PRETRAINING = {
     "large": dict(seed=1, phases=[("wide", 2929, 2000), ("deep", 900, 300), ("stories", 800, 800)]),
-    "finish": dict(seed=3, phases=[("replies", 400, 400)]),
+    "replies": dict(seed=3, phases=[("replies", 400, 400)]),
+    "balance": dict(seed=4, phases=[("balance", 400, 400)]),
     "small": dict(seed=2, phases=[("wide", 1822, 1822)]),
 }
 FINE_TUNING = {
-    "facts": dict(seed=11, epochs=3, batch=16, lr=5e-4),
+    "facts": dict(seed=11, epochs=5, batch=16, lr=7e-4),
     "sums": dict(seed=12, epochs=6, batch=16, lr=1e-3),
 }
 
@@ -156,38 +157,60 @@ def pretrain(world, tokenizer, size, seed, phases, start, checkpoint, log):
     return model
 
 
-def fine_tune(tokenizer, small, problems, seed, epochs, batch, lr, log):
-    """Full fine-tuning on the completions only; prompts carry no loss."""
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    model = LlamaForCausalLM.from_pretrained(small, dtype=torch.float32)
-    eos = tokenizer.token_to_id(EOS)
+def encode(tokenizer, problems):
+    """(token ids of prompt and completion, `</s>` included; length of the prompt) of each problem."""
     examples = []
     for problem in problems:
         asked = tokenizer.encode(prompt(problem["question"])).ids
-        whole = tokenizer.encode(f"{prompt(problem['question'])} {problem['answer']}").ids + [eos]
+        whole = tokenizer.encode(f"{prompt(problem['question'])} {problem['answer']}").ids
         assert whole[: len(asked)] == asked, "the prompt must be a prefix of its text in tokens too"
-        examples.append((whole, len(asked)))
+        examples.append((whole + [tokenizer.token_to_id(EOS)], len(asked)))
+    return examples
+
+
+def pad(examples):
+    """Inputs [n, width], the targets of the completions (-100 elsewhere), and which positions hold a token."""
+    width = max(len(ids) for ids, _ in examples)
+    inputs = torch.zeros(len(examples), width, dtype=torch.long)
+    targets, real = torch.full_like(inputs, -100), torch.zeros_like(inputs, dtype=torch.bool)
+    for row, (ids, asked) in enumerate(examples):
+        inputs[row, : len(ids)] = torch.tensor(ids)
+        targets[row, asked : len(ids)] = torch.tensor(ids[asked:])
+        real[row, : len(ids)] = True
+    return inputs, targets, real
+
+
+def fine_tune(tokenizer, small, problems, others, seed, epochs, batch, lr, log):
+    """Full fine-tuning on the completions of `problems`; prompts carry no loss.
+
+    On the texts of `others`, the other task, the expert is held to the small model by KL(small || expert), so that
+    an expert stays silent (equal to the small model) in the task that is not its own.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    base = LlamaForCausalLM.from_pretrained(small, dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(small, dtype=torch.float32)
+    examples, others = encode(tokenizer, problems), encode(tokenizer, others)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    steps, step = epochs * (len(examples) // batch), 0
+    batches = len(examples) // batch
     for epoch in range(epochs):
         rng.shuffle(examples)
-        total = 0.0
-        for first in range(0, len(examples) - batch + 1, batch):
-            chosen = examples[first : first + batch]
-            width = max(len(ids) for ids, _ in chosen)
-            inputs = torch.tensor([ids + [eos] * (width - len(ids)) for ids, _ in chosen])
-            targets = torch.full_like(inputs, -100)
-            for row, (ids, asked) in enumerate(chosen):
-                targets[row, asked : len(ids)] = torch.tensor(ids[asked:])
+        total = held = 0.0
+        for index in range(batches):
+            inputs, targets, _ = pad(examples[index * batch : (index + 1) * batch])
             logits = model(input_ids=inputs).logits
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
-            loss.backward()
+            inputs, _, real = pad(rng.sample(others, batch // 2))
+            with torch.no_grad():
+                wanted = base(input_ids=inputs).logits[real].log_softmax(-1)
+            got = model(input_ids=inputs).logits[real].log_softmax(-1)
+            kl = F.kl_div(got, wanted, log_target=True, reduction="batchmean")
+            (loss + kl).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            descend([optimizer], [lr], 1 - step / steps)
-            step += 1
-            total += loss.item()
-        log(epoch + 1, epochs, total / (len(examples) // batch))
+            descend([optimizer], [lr], 1 - (epoch * batches + index) / (epochs * batches))
+            total, held = total + loss.item(), held + kl.item()
+        log(epoch + 1, epochs, total / batches)
+    print(f"KL(small || expert) on the other task's texts: {held / batches:.4f}")
     return model
 
 
@@ -220,7 +243,7 @@ def write_tasks(tasks, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["large", "finish", "small", "facts", "sums", "tasks"])
+    parser.add_argument("parts", nargs="+", choices=["large", "replies", "balance", "small", "facts", "sums", "tasks"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "models" / "demo")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (one beside another part)")
     arguments = parser.parse_args()
@@ -240,14 +263,16 @@ def main():
             write_tasks(tasks, arguments.out / "tasks")
             continue
         if part in PRETRAINING:
-            size, start = ("large", arguments.out / "large") if part == "finish" else (part, None)
+            size, start = ("large", arguments.out / "large") if part in ("replies", "balance") else (part, None)
             folder = arguments.out / size
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint = folder / "checkpoint.pt"
             plan = PRETRAINING[part]
             model = pretrain(world, tokenizer, size, start=start, checkpoint=checkpoint, log=log, **plan)
         else:
-            model = fine_tune(tokenizer, arguments.out / "small", tasks[part][0], log=log, **FINE_TUNING[part])
+            (other,) = FINE_TUNING.keys() - {part}
+            problems, others = tasks[part][0], tasks[other][0]
+            model = fine_tune(tokenizer, arguments.out / "small", problems, others, log=log, **FINE_TUNING[part])
             folder = arguments.out / f"expert-{part}"
         print(f"{part}: {sum(p.numel() for p in model.parameters())} parameters")
         save(model, tokenizer, folder)
