@@ -1,7 +1,6 @@
 //! The forward pass of the CPU backend: against a plain f64 reference, against transformers' numbers, and against
 //! itself in every way a batch can be cut.
 #![allow(clippy::unwrap_used, clippy::single_range_in_vec_init, reason = "a test; plans are lists of ranges")]
-#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::collections::BTreeMap;
 use std::fs;
