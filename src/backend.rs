@@ -193,8 +193,8 @@ pub trait Backend {
 
     /// Fuses the logits of each row and chooses its token; `decisions` is cleared and gets one entry a row, so
     /// that one broken row doesn't cost the others theirs:
-    /// [`Error::NotFinite`](crate::Error::NotFinite) where a model computed NaN or +inf,
-    /// [`Error::NoCandidate`](crate::Error::NoCandidate) where every token is excluded.
+    /// [`Error::NotFinite`] where a model computed NaN or +inf,
+    /// [`Error::NoCandidate`] where every token is excluded.
     ///
     /// # Errors
     /// Only where the device fails.

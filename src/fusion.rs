@@ -7,7 +7,7 @@
 //! loss(α) = Σ_t [ (KL(P̃‖P) − KL(Q_t‖Q))² + (KL(P‖P̃) − KL(Q‖Q_t))² ]
 //! ```
 //!
-//! over a grid of candidates, one expert active at a time. [`reference`] is this, written literally in f64;
+//! over a grid of candidates, one expert active at a time. [`mod@reference`] is this, written literally in f64;
 //! the backends compute it in one pass over the vocabulary.
 
 pub mod cumulant;
