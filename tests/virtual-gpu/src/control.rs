@@ -1,0 +1,175 @@
+//! The test's side of the driver, as C functions: a test and the driver are two images with statics of their own,
+//! so they talk through these. [`crate::host`] wraps them.
+
+// What each function does is said at its wrapper in `host`.
+#![allow(clippy::missing_safety_doc, missing_docs)]
+
+use crate::counters::Counters;
+use crate::device::{Device, Injection, Totals};
+use crate::driver::{add_device, on_device};
+use crate::exec::Accumulate;
+use crate::profile::Profile;
+use crate::sanitizer::{Kind, Options};
+use std::ffi::{CStr, c_char};
+
+/// What [`vcuda_configure`] sets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Setting {
+    /// [`Options::bits`].
+    Sanitizers,
+    /// Seed of all permutations; 0 for none.
+    Seed,
+    /// 1 if findings fail the launch.
+    Strict,
+    /// 0 exact, 1 sequential, 2 truncating.
+    Accumulate,
+    /// Warp instructions of a launch before it counts as hung.
+    Budget,
+    /// Forget launches, findings, calls and totals (the value is not used).
+    Clear,
+    /// Forget the error that the context is stuck with.
+    Recover,
+}
+
+fn quietly(f: impl FnOnce() -> i64) -> i64 {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_or(-1)
+}
+
+fn look(ordinal: u64, f: impl FnOnce(&mut Device) -> Option<i64>) -> i64 {
+    quietly(|| on_device(ordinal, |d| Ok(f(d))).ok().flatten().unwrap_or(-1))
+}
+
+/// Copies text into a caller's buffer, as much as fits; the full length.
+unsafe fn copy_text(text: &str, to: *mut u8, capacity: usize) -> i64 {
+    // SAFETY: the caller's promise that `capacity` bytes can be written.
+    unsafe { std::ptr::copy_nonoverlapping(text.as_ptr(), to, text.len().min(capacity)) };
+    text.len() as i64
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vcuda_add_device(profile: *const c_char, memory: u64) -> i64 {
+    quietly(|| {
+        // SAFETY: the caller passes a C string.
+        let name = unsafe { CStr::from_ptr(profile) }.to_string_lossy();
+        let Some(profile) = Profile::named(&name) else { return -1 };
+        add_device(profile, if memory == 0 { profile.memory } else { memory }) as i64
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn vcuda_configure(ordinal: u64, setting: u32, value: u64) -> i64 {
+    look(ordinal, |d| {
+        match setting {
+            0 => d.settings.options = Options::from_bits(value as u32),
+            1 => d.set_seed(value),
+            2 => d.strict = value != 0,
+            3 => {
+                d.settings.accumulate = match value {
+                    0 => Accumulate::Exact,
+                    1 => Accumulate::Sequential,
+                    _ => Accumulate::Truncating,
+                }
+            }
+            4 => d.settings.budget = value,
+            5 => {
+                d.launches.clear();
+                d.reports.clear();
+                d.calls.clear();
+                d.totals = Totals::default();
+                d.totals.peak_bytes = d.memory.used;
+            }
+            6 => d.sticky = None,
+            _ => return None,
+        }
+        Some(0)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn vcuda_inject(ordinal: u64, call: u32, nth: u64, code: i32) -> i64 {
+    look(ordinal, |d| {
+        d.injections.push(Injection { call, left: nth.max(1), code });
+        Some(0)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn vcuda_launch_count(ordinal: u64) -> i64 {
+    look(ordinal, |d| Some(d.launches.len() as i64))
+}
+
+/// `shape` gets grid, block, dynamic shared memory, and 1 if the launch came from a graph.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vcuda_launch(
+    ordinal: u64,
+    index: u64,
+    name: *mut u8,
+    capacity: usize,
+    shape: *mut [u32; 8],
+    counters: *mut Counters,
+) -> i64 {
+    look(ordinal, |d| {
+        let launch = d.launches.get(index as usize)?;
+        let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
+        // SAFETY: the caller's promise that all three can be written.
+        unsafe {
+            shape.write([gx, gy, gz, bx, by, bz, launch.dynamic_shared, u32::from(launch.from_graph)]);
+            counters.write(launch.counters);
+            Some(copy_text(&launch.kernel, name, capacity))
+        }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn vcuda_report_count(ordinal: u64) -> i64 {
+    look(ordinal, |d| Some(d.reports.len() as i64))
+}
+
+/// `place` gets kind, block, thread, PTX line and source line; the text holds kernel, source file and message,
+/// separated by the unit separator.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vcuda_report(
+    ordinal: u64,
+    index: u64,
+    place: *mut [u32; 9],
+    text: *mut u8,
+    capacity: usize,
+) -> i64 {
+    look(ordinal, |d| {
+        let r = d.reports.get(index as usize)?;
+        let kind = Kind::ALL.iter().position(|&k| k == r.kind)? as u32;
+        let ([bx, by, bz], [tx, ty, tz]) = (r.block, r.thread);
+        let (file, line) = r.source.clone().unwrap_or_default();
+        let all = format!("{}\x1f{file}\x1f{}", r.kernel, r.message);
+        // SAFETY: the caller's promise that both can be written.
+        unsafe {
+            place.write([kind, bx, by, bz, tx, ty, tz, r.line, line]);
+            Some(copy_text(&all, text, capacity))
+        }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vcuda_totals(ordinal: u64, totals: *mut Totals) -> i64 {
+    look(ordinal, |d| {
+        let (count, bytes) = d.memory.live();
+        let used = d.memory.used;
+        let all = Totals { live_allocations: count, live_bytes: bytes, used_bytes: used, ..d.totals };
+        // SAFETY: the caller's promise.
+        unsafe { totals.write(all) };
+        Some(0)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vcuda_calls(ordinal: u64, name: *const c_char) -> i64 {
+    // SAFETY: the caller passes a C string.
+    let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
+    look(ordinal, |d| {
+        if name.is_empty() {
+            return Some(d.calls.values().sum::<u64>() as i64);
+        }
+        Some(d.calls.get(name.as_ref()).copied().unwrap_or(0) as i64)
+    })
+}

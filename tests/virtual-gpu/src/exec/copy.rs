@@ -1,0 +1,157 @@
+//! cp.async: copies from device to shared memory that land when their group is waited for.
+
+use super::access::{check_window, count_shared, locate, note_global, report_race, stamp};
+use super::address::{addresses, lanes};
+use super::block::Pending;
+use super::{Fault, Machine};
+use crate::memory::SHARED_WINDOW;
+use crate::program::{Flow, Inst};
+use crate::ptx::ast::Space;
+use crate::sanitizer::Kind;
+use crate::sanitizer::blocks;
+use crate::sanitizer::shared::{Race, Use};
+
+/// `cp.async`: `a` the shared address (64-bit if `dst` is 1), `b` the source address, `c` the slot of the source
+/// size or SINK, `imm` bytes to copy in the low byte, offset of the destination above; the access holds the
+/// offset of the source in `slots[0..2]`.
+///
+/// # Safety
+/// See [`crate::program::Handler`]; so for all handlers here.
+pub unsafe fn copy(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+    let len = (i.imm & 0xff) as u32;
+    let access = &m.kernel.accesses[i.ext as usize];
+    let source_offset = (u64::from(access.slots[1]) << 32 | u64::from(access.slots[0])) as i64;
+    // SAFETY: slots come from the decoder; ranges are checked before they are read.
+    unsafe {
+        let mut to = addresses(m, i.a, i.dst != 0, i.imm >> 8);
+        for address in &mut to {
+            if *address >> 56 == SHARED_WINDOW >> 56 {
+                *address -= SHARED_WINDOW;
+            }
+        }
+        let from = addresses(m, i.b, true, source_offset);
+        let sizes = if i.c == crate::program::SINK { [len; 32] } else { *m.slot(i.c).cast::<[u32; 32]>() };
+        // Shorter sources are checked one by one: they may end where an allocation ends.
+        let reading = lanes(mask).filter(|&l| sizes[l] >= len).fold(0, |all, l| all | 1u32 << l);
+        if let Err(flow) = check_window(m, i, Space::Shared, &to, mask, len, "cp.async") {
+            return flow;
+        }
+        let mut site = std::ptr::null_mut();
+        if reading != 0 {
+            match locate(m, i, &from, reading, len, "cp.async") {
+                Ok(found) => site = found,
+                Err(flow) => return flow,
+            }
+        }
+        if m.block.in_flight.is_empty() {
+            m.block.in_flight = vec![0; m.block.shared.len()];
+        }
+        for lane in lanes(mask) {
+            let size = sizes[lane].min(len) as usize;
+            let mut data = [0u8; 16];
+            let site = if size == len as usize { site } else { std::ptr::null_mut() };
+            if size != 0 && !read_source(m, i, site, lane, from[lane], &mut data[..size]) {
+                let place = m.memory().describe(from[lane]);
+                let text = format!("cp.async of {size} bytes at {:#x}, {place}", from[lane]);
+                return m.fail(Kind::OutOfBounds, Fault::IllegalAddress, i, lane as u32, text);
+            }
+            let offset = to[lane] as usize;
+            m.block.in_flight[offset..offset + len as usize].fill(1);
+            let warp = m.warp;
+            let warp = &mut m.block.warps[warp];
+            let group = warp.groups[lane];
+            warp.copies.push(Pending { lane: lane as u32, group, offset: offset as u32, len, data });
+            note_destination(m, i, lane, offset, len as usize);
+            m.counters.async_copy_bytes += u64::from(len);
+        }
+        if reading != 0 {
+            note_global(m, i, site, &from, reading, len, blocks::Use::Read);
+        }
+        count_shared(m, &to, mask, len);
+    }
+    Flow::Next
+}
+
+/// The destination counts as written from now on: whoever read it in this phase has a race.
+fn note_destination(m: &mut Machine, i: &Inst, lane: usize, offset: usize, len: usize) {
+    if !m.settings.options.races {
+        return;
+    }
+    let stamp = stamp(m, lane);
+    if let Some(race) = m.history.access(offset, len, stamp, Use::Write)
+        && !matches!(race, Race::WriteAfterWrite(_))
+    {
+        report_race(m, i, lane, offset as u64, race);
+    }
+}
+
+/// Reads the source of one lane; false if it lies outside every allocation.
+fn read_source(
+    m: &mut Machine,
+    i: &Inst,
+    site: *mut crate::memory::Allocation,
+    lane: usize,
+    address: u64,
+    out: &mut [u8],
+) -> bool {
+    let uninitialised = m.settings.options.uninitialised;
+    let allocation = if site.is_null() {
+        m.memory().find(address, out.len() as u64)
+    } else {
+        // SAFETY: allocations live as long as the launch.
+        Some(unsafe { &mut *site })
+    };
+    let Some(allocation) = allocation else { return false };
+    let offset = (address - allocation.base) as usize;
+    // SAFETY: the range was checked.
+    unsafe { std::ptr::copy_nonoverlapping(allocation.data().add(offset), out.as_mut_ptr(), out.len()) };
+    if uninitialised && allocation.unwritten(offset, out.len()) {
+        let text = format!("{} bytes of device memory at {address:#x}", out.len());
+        m.report(Kind::Uninitialised, i, lane as u32, text);
+    }
+    true
+}
+
+/// `cp.async.commit_group`.
+pub unsafe fn commit(m: &mut Machine, _i: &Inst, mask: u32) -> Flow {
+    let warp = m.warp;
+    let warp = &mut m.block.warps[warp];
+    lanes(mask).for_each(|lane| warp.groups[lane] += 1);
+    Flow::Next
+}
+
+/// `cp.async.wait_group n` (`imm` = n) and `cp.async.wait_all` (`imm` = -1).
+pub unsafe fn wait(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+    let warp = m.warp;
+    land(m, warp, mask, i.imm.max(0) as u32, i.imm < 0);
+    Flow::Next
+}
+
+/// Lets the copies of `warp` land, all but the `keep` latest closed groups of each lane in `mask`.
+pub fn land(m: &mut Machine, warp: usize, mask: u32, keep: u32, all: bool) {
+    let groups = m.block.warps[warp].groups;
+    let copies = std::mem::take(&mut m.block.warps[warp].copies);
+    let mut left = Vec::new();
+    for copy in copies {
+        let closed = copy.group + keep < groups[copy.lane as usize];
+        if mask >> copy.lane & 1 == 0 || !(all || closed) {
+            left.push(copy);
+            continue;
+        }
+        let range = copy.offset as usize..(copy.offset + copy.len) as usize;
+        m.block.shared[range.clone()].copy_from_slice(&copy.data[..copy.len as usize]);
+        m.block.shared_written[range.clone()].fill(1);
+        m.block.in_flight[range].fill(0);
+        if m.settings.options.races {
+            let stamp = crate::sanitizer::shared::Stamp {
+                phase: m.block.phase,
+                warp_phase: m.block.warps[warp].warp_phase,
+                who: (warp as u32 * 32 + copy.lane) as u16,
+                atomic: false,
+            };
+            // A race with the copy was found when it was asked for; this moves its time to now.
+            m.history.access(copy.offset as usize, copy.len as usize, stamp, Use::Write);
+        }
+    }
+    m.block.warps[warp].copies = left;
+}

@@ -1,0 +1,132 @@
+//! Values that come from the launch: special registers and parameters.
+
+use super::Machine;
+use super::address::lanes;
+use crate::program::{Flow, Inst};
+
+const NAMES: [&str; 31] = [
+    "tid.x",
+    "tid.y",
+    "tid.z",
+    "ntid.x",
+    "ntid.y",
+    "ntid.z",
+    "ctaid.x",
+    "ctaid.y",
+    "ctaid.z",
+    "nctaid.x",
+    "nctaid.y",
+    "nctaid.z",
+    "laneid",
+    "warpid",
+    "nwarpid",
+    "smid",
+    "nsmid",
+    "gridid",
+    "lanemask_eq",
+    "lanemask_le",
+    "lanemask_lt",
+    "lanemask_ge",
+    "lanemask_gt",
+    "clock",
+    "clock64",
+    "clock_hi",
+    "globaltimer",
+    "dynamic_smem_size",
+    "total_smem_size",
+    "globaltimer_lo",
+    "globaltimer_hi",
+];
+
+/// The number of a special register.
+pub fn number(name: &str) -> Option<i64> {
+    NAMES.iter().position(|&n| n == name).map(|n| n as i64)
+}
+
+fn value(m: &Machine, number: i64, lane: u32) -> u64 {
+    let [w, h, _] = m.shape.block;
+    let thread = m.thread(lane);
+    let bit = 1u64 << lane;
+    let component = (number % 3) as usize;
+    match number {
+        0 => u64::from(thread % w),
+        1 => u64::from(thread / w % h),
+        2 => u64::from(thread / (w * h)),
+        3..=5 => u64::from(m.shape.block[component]),
+        6..=8 => u64::from(m.block.index[component]),
+        9..=11 => u64::from(m.shape.grid[component]),
+        12 => u64::from(lane),
+        13 => m.warp as u64,
+        14 => m.block.warps.len() as u64,
+        15 => u64::from(m.block.linear % m.multiprocessors.max(1)),
+        16 => u64::from(m.multiprocessors),
+        17 => u64::from(m.shape.number),
+        18 => bit,
+        19 => bit | (bit - 1),
+        20 => bit - 1,
+        21 => !(bit - 1) & 0xffff_ffff,
+        22 => !(bit | (bit - 1)) & 0xffff_ffff,
+        // A clock that counts instructions: it moves forward, and nothing else is known of it.
+        23 | 24 | 26 | 29 => m.steps,
+        25 | 30 => m.steps >> 32,
+        27 => u64::from(m.shape.dynamic_shared),
+        _ => m.block.shared.len() as u64,
+    }
+}
+
+/// Reads special register `imm` into `dst` (64-bit if `c`).
+///
+/// # Safety
+/// See [`crate::program::Handler`].
+pub unsafe fn special(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+    // SAFETY: the slot comes from the decoder.
+    unsafe {
+        let dst = m.slot(i.dst);
+        for lane in lanes(mask) {
+            let value = value(m, i.imm, lane as u32);
+            if i.c != 0 {
+                *dst.cast::<u64>().add(lane) = value;
+            } else {
+                *dst.add(lane) = value as u32;
+            }
+        }
+    }
+    Flow::Next
+}
+
+/// `ld.param` at a fixed offset: access `ext`, offset `imm`.
+///
+/// # Safety
+/// See [`crate::program::Handler`].
+pub unsafe fn parameter(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+    let access = m.kernel.accesses[i.ext as usize].clone();
+    let bytes = access.bytes as usize;
+    for e in 0..access.count as usize {
+        let from = i.imm as usize + e * bytes;
+        let mut raw = [0u8; 8];
+        // The decoder checked that the range lies inside the kernel's parameters.
+        if let Some(part) = m.shape.params.get(from..from + bytes) {
+            raw[..bytes].copy_from_slice(part);
+        }
+        let mut value = u64::from_le_bytes(raw);
+        if access.signed {
+            let shift = 64 - 8 * access.bytes;
+            value = ((value << shift) as i64 >> shift) as u64;
+        }
+        if access.slots[e] == crate::program::SINK {
+            continue;
+        }
+        // SAFETY: the slot comes from the decoder.
+        unsafe {
+            let dst = m.slot(access.slots[e]);
+            for lane in lanes(mask) {
+                if access.wide {
+                    *dst.cast::<u64>().add(lane) = value;
+                } else {
+                    *dst.add(lane) = value as u32;
+                }
+            }
+        }
+    }
+    Flow::Next
+}

@@ -1,0 +1,272 @@
+//! Conflicts between blocks in device memory: two blocks that meet in one byte, one of them writing, must be
+//! ordered by a release (fence, then a strong write or atomic) and an acquire (a strong read or atomic, then a
+//! fence) on one address, with block barriers carrying the order to other warps. Atomics do not conflict among
+//! themselves.
+//!
+//! A sector is tracked as one as long as every access to it covers the same bytes, byte by byte afterwards.
+
+use std::collections::HashMap;
+
+/// How memory is accessed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// Plain load.
+    Read,
+    /// Plain store.
+    Write,
+    /// Volatile, relaxed or acquiring load.
+    StrongRead,
+    /// Atomic, or a volatile, relaxed or releasing store.
+    StrongWrite,
+}
+
+/// A block (linear index plus one; 0 is nobody) at a point of its time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct When {
+    /// Linear block index plus one.
+    pub block: u32,
+    /// The block's clock, which barriers and fences advance, times 64, plus the warp ([`ANY_WARP`] for several).
+    pub stamp: u32,
+}
+
+const ANY_WARP: u32 = 63;
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Cell {
+    writer: When,
+    strong: bool,
+    reader: When,
+    /// The latest reader of a block other than `reader.block`.
+    other_reader: When,
+}
+
+/// What the running launch did to a sector.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SectorState {
+    launch: u32,
+    mask: u32,
+    cell: Cell,
+    /// Index plus one in [`Conflicts::split`].
+    split: u32,
+    /// The block that read here last, at which clock, and the bytes it has read since then: reading them again
+    /// changes nothing as long as nobody writes.
+    again: (u32, u32, u32),
+}
+
+/// Byte-wise histories of one launch.
+#[derive(Default)]
+pub struct Conflicts {
+    split: Vec<[Cell; 32]>,
+    order: HashMap<u64, View>,
+}
+
+/// What one block has released, as another sees it.
+#[derive(Debug, Clone, Copy, Default)]
+struct Released {
+    /// All accesses before this clock.
+    all_before: u32,
+    /// And those of these warps …
+    warps: u32,
+    /// … up to this clock.
+    upto: u32,
+}
+
+type View = HashMap<u32, Released>;
+
+fn merge(into: &mut View, from: &View) {
+    for (&block, &r) in from {
+        add(into, block, r);
+    }
+}
+
+fn add(into: &mut View, block: u32, r: Released) {
+    let slot = into.entry(block).or_default();
+    slot.all_before = slot.all_before.max(r.all_before);
+    slot.upto = slot.upto.max(r.upto);
+    slot.warps |= r.warps;
+}
+
+#[derive(Default)]
+struct WarpOrder {
+    fenced: Option<Released>,
+    pending: View,
+    own: View,
+}
+
+/// A block's place in the order of its launch.
+pub struct BlockOrder {
+    block: u32,
+    clock: u32,
+    barrier: u32,
+    view: View,
+    warps: Vec<WarpOrder>,
+    /// Whether the kernel orders blocks, so that it matters which warp read.
+    exact: bool,
+}
+
+impl BlockOrder {
+    /// For block `linear` of `warps` warps, of a kernel that orders blocks or does not.
+    pub fn new(linear: u32, warps: usize, exact: bool) -> Self {
+        let warps = std::iter::repeat_with(WarpOrder::default).take(warps).collect();
+        BlockOrder { block: linear + 1, clock: 1, barrier: 1, view: View::new(), warps, exact }
+    }
+
+    /// Now, for an access of `warp`.
+    #[inline(always)]
+    pub fn now(&self, warp: usize) -> When {
+        When { block: self.block, stamp: self.clock << 6 | warp as u32 }
+    }
+
+    /// A block barrier.
+    pub fn barrier(&mut self) {
+        self.clock += 1;
+        self.barrier = self.clock;
+        for warp in &mut self.warps {
+            merge(&mut self.view, &warp.own);
+            warp.own.clear();
+        }
+    }
+
+    /// A fence by `warp`: what it read strongly is acquired, what it did is ready for release.
+    pub fn fence(&mut self, warp: usize) {
+        let released = Released { all_before: self.barrier, warps: 1 << warp, upto: self.clock };
+        self.clock += 1;
+        let w = &mut self.warps[warp];
+        w.fenced = Some(released);
+        let pending = std::mem::take(&mut w.pending);
+        merge(&mut w.own, &pending);
+    }
+
+    fn sees(&self, warp: usize, other: When) -> bool {
+        let seen = |view: &View| {
+            view.get(&other.block).is_some_and(|r| {
+                let (clock, by) = (other.stamp >> 6, other.stamp & 63);
+                clock < r.all_before || (clock <= r.upto && (by == ANY_WARP || r.warps >> by & 1 == 1))
+            })
+        };
+        seen(&self.view) || seen(&self.warps[warp].own)
+    }
+}
+
+impl Conflicts {
+    /// A strong write of `warp` to `address`: publishes what the warp has fenced.
+    pub fn publish(&mut self, order: &BlockOrder, warp: usize, address: u64) {
+        let w = &order.warps[warp];
+        let Some(released) = w.fenced else { return };
+        let view = self.order.entry(address).or_default();
+        add(view, order.block, released);
+        merge(view, &order.view);
+        merge(view, &w.own);
+    }
+
+    /// A strong read of `warp` from `address`: what was published there waits for the warp's next fence.
+    pub fn observe(&mut self, order: &mut BlockOrder, warp: usize, address: u64) {
+        if let Some(view) = self.order.get(&address) {
+            merge(&mut order.warps[warp].pending, view);
+        }
+    }
+
+    /// Notes an access to the bytes `mask` of a sector in `launch`; the block it conflicts with, if any.
+    #[inline(always)]
+    pub fn access(
+        &mut self,
+        state: &mut SectorState,
+        launch: u32,
+        mask: u32,
+        order: &BlockOrder,
+        warp: usize,
+        how: Use,
+    ) -> Option<u32> {
+        if state.launch != launch {
+            *state = SectorState { launch, mask, ..SectorState::default() };
+        }
+        if how == Use::Read {
+            let now = order.now(warp);
+            let stamp = if order.exact { now.stamp } else { now.stamp >> 6 };
+            let (block, at, bytes) = state.again;
+            if block == now.block && at == stamp {
+                if mask & !bytes == 0 {
+                    return None;
+                }
+                state.again.2 |= mask;
+            } else {
+                state.again = (now.block, stamp, mask);
+            }
+        } else {
+            state.again.0 = 0;
+        }
+        if state.split == 0 && state.mask == mask {
+            return state.cell.access(order, warp, how);
+        }
+        self.by_byte(state, mask, order, warp, how)
+    }
+
+    #[inline(never)]
+    fn by_byte(
+        &mut self,
+        state: &mut SectorState,
+        mask: u32,
+        order: &BlockOrder,
+        warp: usize,
+        how: Use,
+    ) -> Option<u32> {
+        if state.split == 0 {
+            let cell = |byte: usize| if state.mask >> byte & 1 == 1 { state.cell } else { Cell::default() };
+            self.split.push(std::array::from_fn(cell));
+            state.split = self.split.len() as u32;
+        }
+        let cells = &mut self.split[state.split as usize - 1];
+        let mut found = None;
+        let mut left = mask;
+        while left != 0 {
+            found = found.or(cells[left.trailing_zeros() as usize].access(order, warp, how));
+            left &= left - 1;
+        }
+        found
+    }
+}
+
+impl Cell {
+    #[inline(always)]
+    fn access(&mut self, order: &BlockOrder, warp: usize, how: Use) -> Option<u32> {
+        let now = order.now(warp);
+        let foreign = |when: When| when.block != 0 && when.block != now.block;
+        let strong = matches!(how, Use::StrongRead | Use::StrongWrite);
+        let mut conflict = None;
+        if foreign(self.writer) && !(strong && self.strong) && !order.sees(warp, self.writer) {
+            conflict = Some(self.writer.block - 1);
+        }
+        if matches!(how, Use::Read | Use::StrongRead) {
+            // A strong read never conflicts with a later strong write; it is not kept.
+            if how == Use::Read {
+                self.note_reader(now);
+            }
+            return conflict;
+        }
+        for reader in [self.reader, self.other_reader] {
+            if conflict.is_none() && foreign(reader) && !order.sees(warp, reader) {
+                conflict = Some(reader.block - 1);
+            }
+        }
+        let same_clock = self.writer.block == now.block && self.writer.stamp >> 6 == now.stamp >> 6;
+        let stamp =
+            if same_clock && self.writer.stamp != now.stamp { now.stamp | ANY_WARP } else { now.stamp };
+        self.writer = When { stamp, ..now };
+        self.strong = how == Use::StrongWrite;
+        conflict
+    }
+
+    #[inline(always)]
+    fn note_reader(&mut self, now: When) {
+        if self.reader.block == now.block {
+            let same_clock = self.reader.stamp >> 6 == now.stamp >> 6;
+            let several = same_clock && self.reader.stamp != now.stamp;
+            self.reader.stamp = if several { now.stamp | ANY_WARP } else { now.stamp };
+        } else {
+            if self.reader.block != 0 {
+                self.other_reader = self.reader;
+            }
+            self.reader = now;
+        }
+    }
+}
