@@ -76,7 +76,7 @@ pub struct CpuBackend {
     named: Vec<bool>,
 }
 
-/// What each thread works with.
+/// What each thread works with: no other thread asks for it.
 struct Scratch {
     tile: TileScratch,
     attention: AttentionScratch,
@@ -84,9 +84,9 @@ struct Scratch {
     head: Vec<f32>,
 }
 
-/// The scratch memory of the thread that asks; no other thread asks for it.
-fn lock(scratch: &Mutex<Scratch>) -> MutexGuard<'_, Scratch> {
-    scratch.lock().unwrap_or_else(PoisonError::into_inner)
+/// Locks in spite of a panic elsewhere: working memory is written anew before it is read.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl CpuBackend {
@@ -122,7 +122,7 @@ impl CpuBackend {
             isa,
             pool,
             limits,
-            fuser: Fuser::new(),
+            fuser: Fuser::with_isa(isa),
             scratch: (0..threads).map(|_| scratch()).collect(),
             caches: configs().map(|config| KvCache::new(config, limits.blocks)).collect::<Result<_>>()?,
             logits: Lazy::new(&[models.len(), limits.slots, ensemble.vocab_size()], "logits")?,

@@ -10,7 +10,7 @@ use super::cache::KvCache;
 use super::matrix::{Matrix, Shared};
 use super::pool::Pool;
 use super::rowwise::rotate;
-use super::simd::{Isa, Kernel, LANES, Simd, padded};
+use super::simd::{Isa, Kernel, LANES, Simd, exp, padded};
 use crate::config::LlamaConfig;
 use crate::kv_cache::BLOCK_SIZE;
 
@@ -381,7 +381,7 @@ fn score_block<S: Simd, const N: usize>(
         // SAFETY: asserted above.
         let (k0, k1) = unsafe {
             let keys = keys.as_ptr().add(d * BLOCK_SIZE);
-            (simd.load(keys), simd.load(keys.add(LANES)))
+            (simd.load_at(keys), simd.load_at(keys.add(LANES)))
         };
         for (i, acc) in acc.iter_mut().enumerate() {
             // SAFETY: asserted above.
@@ -394,8 +394,8 @@ fn score_block<S: Simd, const N: usize>(
         // SAFETY: asserted above.
         unsafe {
             let scores = scores.as_mut_ptr().add(i * CHUNK);
-            simd.store(scores, acc[0]);
-            simd.store(scores.add(LANES), acc[1]);
+            simd.store_at(scores, acc[0]);
+            simd.store_at(scores.add(LANES), acc[1]);
         }
     }
     N
@@ -406,20 +406,17 @@ fn score_block<S: Simd, const N: usize>(
 fn exponentials<S: Simd>(simd: S, scores: &mut [f32], seen: usize) -> (f32, f32) {
     let (scores, _) = scores.split_at_mut(padded(seen));
     scores[seen..].fill(f32::NEG_INFINITY);
+    let (scores, _) = scores.as_chunks_mut();
     let mut max = simd.splat(f32::NEG_INFINITY);
-    for x in scores.chunks_exact(LANES) {
-        // SAFETY: eight f32.
-        max = simd.max(max, unsafe { simd.load(x.as_ptr()) });
+    for x in &*scores {
+        max = simd.max(max, simd.load(x));
     }
-    let max = simd.max_lane(max);
+    let max = simd.largest(max);
     let (shift, mut sum) = (simd.splat(max), simd.zero());
-    for x in scores.chunks_exact_mut(LANES) {
-        // SAFETY: eight f32.
-        unsafe {
-            let p = simd.exp(simd.sub(simd.load(x.as_ptr()), shift));
-            sum = simd.add(sum, p);
-            simd.store(x.as_mut_ptr(), p);
-        }
+    for x in scores {
+        let p = exp(simd, simd.sub(simd.load(x), shift));
+        sum = simd.add(sum, p);
+        simd.store(x, p);
     }
     (max, simd.sum(sum))
 }
@@ -463,7 +460,7 @@ fn add_columns<S: Simd, const N: usize, const D: usize>(
     for (i, acc) in acc.iter_mut().enumerate() {
         for (j, acc) in acc.iter_mut().enumerate() {
             // SAFETY: `add_values` asserted the lengths, and d + D vectors is at most `width`.
-            *acc = unsafe { simd.load(out.as_ptr().add(i * width + d + j * LANES)) };
+            *acc = unsafe { simd.load_at(out.as_ptr().add(i * width + d + j * LANES)) };
         }
     }
     for position in 0..count {
@@ -475,7 +472,7 @@ fn add_columns<S: Simd, const N: usize, const D: usize>(
         }
         for j in 0..D {
             // SAFETY: as above.
-            let v = unsafe { simd.load(values.as_ptr().add(position * width + d + j * LANES)) };
+            let v = unsafe { simd.load_at(values.as_ptr().add(position * width + d + j * LANES)) };
             for (acc, &weight) in acc.iter_mut().zip(&weights) {
                 acc[j] = simd.fma(weight, v, acc[j]);
             }
@@ -484,7 +481,7 @@ fn add_columns<S: Simd, const N: usize, const D: usize>(
     for (i, acc) in acc.iter().enumerate() {
         for (j, &acc) in acc.iter().enumerate() {
             // SAFETY: as above.
-            unsafe { simd.store(out.as_mut_ptr().add(i * width + d + j * LANES), acc) };
+            unsafe { simd.store_at(out.as_mut_ptr().add(i * width + d + j * LANES), acc) };
         }
     }
     D * LANES
@@ -507,15 +504,12 @@ impl Kernel for Merge<'_> {
     fn run<S: Simd>(self, simd: S) {
         let (part_max, part_sum, part_out) = self.part;
         let max = if *self.max > part_max { *self.max } else { part_max };
-        let (old, new) = (simd.exp(simd.splat(*self.max - max)), simd.exp(simd.splat(part_max - max)));
+        let (old, new) = (exp(simd, simd.splat(*self.max - max)), exp(simd, simd.splat(part_max - max)));
         *self.max = max;
         *self.sum = simd.lanes(old)[0] * *self.sum + simd.lanes(new)[0] * part_sum;
-        for (out, part) in self.out.chunks_exact_mut(LANES).zip(part_out.chunks_exact(LANES)) {
-            // SAFETY: eight f32 each.
-            unsafe {
-                let scaled = simd.mul(old, simd.load(out.as_ptr()));
-                simd.store(out.as_mut_ptr(), simd.fma(new, simd.load(part.as_ptr()), scaled));
-            }
+        for (out, part) in self.out.as_chunks_mut().0.iter_mut().zip(part_out.as_chunks().0) {
+            let scaled = simd.mul(old, simd.load(out));
+            simd.store(out, simd.fma(new, simd.load(part), scaled));
         }
     }
 }

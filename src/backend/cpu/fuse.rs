@@ -5,23 +5,22 @@
 //! the row's fused logits are written once for the argmax and the sampler. Nothing is allocated after the
 //! first call of a size, and results depend neither on the number of threads nor on the other rows.
 
-mod exp;
 mod models;
 mod row;
-mod simd;
 mod slice;
 mod sums;
 mod walk;
 mod wide;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use models::{Models, NotFinite};
 use row::RowState;
-use simd::{Level, dispatch};
 use slice::{SLICE, Search};
 use sums::{Sums, Tilt};
 
+use super::lock;
+use super::simd::Isa;
 use crate::backend::FuseRow;
 use crate::error::Result;
 use crate::fusion::{Decision, Logits, PerExpert};
@@ -38,7 +37,7 @@ pub fn sequential(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
 /// Fuses rows of logits. Keeps its working memory from call to call.
 #[derive(Debug)]
 pub struct Fuser {
-    level: Level,
+    isa: Isa,
     slices: Vec<Mutex<Option<Result<Sums, NotFinite>>>>,
     rows: Vec<Mutex<RowState>>,
     tilts: Vec<Option<PerExpert<Tilt>>>,
@@ -53,16 +52,17 @@ impl Default for Fuser {
 impl Fuser {
     /// With the best instructions that this CPU has.
     pub fn new() -> Self {
-        Self::with_level(Level::detect())
+        Self::with_isa(Isa::detect())
     }
 
     /// With nothing but the baseline instructions of the target.
     pub fn portable() -> Self {
-        Self::with_level(Level::Portable)
+        Self::with_isa(Isa::Portable)
     }
 
-    fn with_level(level: Level) -> Self {
-        Self { level, slices: Vec::new(), rows: Vec::new(), tilts: Vec::new() }
+    /// With instructions that the machine is known to have.
+    pub(super) fn with_isa(isa: Isa) -> Self {
+        Self { isa, slices: Vec::new(), rows: Vec::new(), tilts: Vec::new() }
     }
 
     /// Decides each of `rows`; `logits` gives the logits of the row with that index. `decisions` is cleared and
@@ -93,18 +93,18 @@ impl Fuser {
 
         // One round, but for the refined search: it zooms into a cell and measures the minimum.
         while self.tilts.iter().any(Option::is_some) {
-            let (level, tilts, states, sums) = (self.level, &self.tilts, &self.rows, &self.slices);
+            let (isa, tilts, states, sums) = (self.isa, &self.tilts, &self.rows, &self.slices);
             parallel(rows.len() * slices, &|task| {
                 let (i, slice) = (task / slices, task % slices);
                 if let Some(tilts) = &tilts[i] {
-                    *lock(&sums[task]) = search(level, rows[i], &logits(i), slice, tilts);
+                    *lock(&sums[task]) = search(isa, rows[i], &logits(i), slice, tilts);
                 }
             });
             parallel(rows.len(), &|i| {
                 if let Some(tilts) = &tilts[i] {
                     let models = Models::new(&logits(i), rows[i].rule);
                     let parts = sums[i * slices..(i + 1) * slices].iter().map(lock);
-                    lock(&states[i]).advance(level, &rows[i], models, tilts, parts);
+                    lock(&states[i]).advance(isa, &rows[i], models, tilts, parts);
                 }
             });
             for (tilts, state) in self.tilts.iter_mut().zip(&self.rows) {
@@ -118,7 +118,7 @@ impl Fuser {
 
 /// Searches one slice of a row; `None` past the row's width.
 fn search(
-    level: Level,
+    isa: Isa,
     row: FuseRow<'_>,
     logits: &Logits<'_>,
     slice: usize,
@@ -126,10 +126,5 @@ fn search(
 ) -> Option<Result<Sums, NotFinite>> {
     let models = Models::new(logits, row.rule).ok()?;
     let range = (slice * SLICE).min(models.width())..((slice + 1) * SLICE).min(models.width());
-    (!range.is_empty()).then(|| dispatch(level, Search { models: &models, range, tilts }))
-}
-
-/// A panic elsewhere doesn't make a row's state wrong: it is written anew before it is read.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    (!range.is_empty()).then(|| isa.run(Search { models: &models, range, tilts }))
 }

@@ -164,11 +164,11 @@ impl<E: Element> MatMul<'_, E> {
             let mut xs = [simd.zero(); M];
             for (i, x_row) in xs.iter_mut().enumerate() {
                 // SAFETY: as above; k + 8 is at most `self.k`.
-                *x_row = unsafe { simd.load(x.add(i * self.x_stride + k)) };
+                *x_row = unsafe { simd.load_at(x.add(i * self.x_stride + k)) };
             }
             for j in 0..N {
                 // SAFETY: as above.
-                let w_row = unsafe { E::load(simd, w.add(j * self.w_stride + k)) };
+                let w_row = unsafe { E::load_at(simd, w.add(j * self.w_stride + k)) };
                 for (acc, &x_row) in acc.iter_mut().zip(&xs) {
                     acc[j] = simd.fma(x_row, w_row, acc[j]);
                 }
@@ -178,10 +178,10 @@ impl<E: Element> MatMul<'_, E> {
         if whole < steps.end {
             for j in 0..N {
                 let start = (col + j) * self.w_stride;
-                let w_row = E::load_partial(simd, &self.w[start + k..start + self.k]);
+                let w_row = E::load_padded(simd, &self.w[start + k..start + self.k]);
                 for (i, acc) in acc.iter_mut().enumerate() {
                     // SAFETY: as above; `x` has zeros up to whole vectors.
-                    let x_row = unsafe { simd.load(x.add(i * self.x_stride + k)) };
+                    let x_row = unsafe { simd.load_at(x.add(i * self.x_stride + k)) };
                     acc[j] = simd.fma(x_row, w_row, acc[j]);
                 }
             }
@@ -223,15 +223,8 @@ impl<E: Element> Kernel for Convert<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         for (from, to) in self.from.chunks_exact(self.k).zip(self.to.chunks_exact_mut(padded(self.k))) {
-            for (from, to) in from.chunks(LANES).zip(to.chunks_exact_mut(LANES)) {
-                let v = if from.len() == LANES {
-                    // SAFETY: eight elements.
-                    unsafe { E::load(simd, from.as_ptr()) }
-                } else {
-                    E::load_partial(simd, from)
-                };
-                // SAFETY: eight f32.
-                unsafe { simd.store(to.as_mut_ptr(), v) };
+            for (from, to) in from.chunks(LANES).zip(to.as_chunks_mut().0) {
+                simd.store(to, E::load_padded(simd, from));
             }
         }
     }

@@ -8,9 +8,10 @@ use std::any::Any;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
+use super::lock;
 use crate::error::{Error, Result};
 
 /// How often a worker looks for work before it sleeps: some 50 µs.
@@ -133,7 +134,7 @@ impl Pool {
             spins += 1;
             if spins < SPINS_BEFORE_YIELD { std::hint::spin_loop() } else { thread::yield_now() }
         }
-        let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let panic = lock(&shared.panic).take();
         if let Some(panic) = panic {
             resume_unwind(panic);
         }
@@ -172,7 +173,7 @@ impl Shared {
         let task = unsafe { &*region.task };
         let outcome = catch_unwind(AssertUnwindSafe(|| task(thread, region.tasks - unclaimed)));
         if let Err(panic) = outcome {
-            self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+            lock(&self.panic).get_or_insert(panic);
         }
         self.finished.fetch_add(1, Ordering::Release);
         true

@@ -1,6 +1,6 @@
 //! What is done to one row at a time: RMSNorm, rotation, SiLU.
 
-use super::simd::{Element, Kernel, LANES, Simd};
+use super::simd::{Element, Kernel, LANES, Simd, exp};
 
 /// RMSNorm: y = w · x / √(mean(x²) + ε).
 pub(crate) struct RmsNorm<'a, E> {
@@ -20,23 +20,15 @@ impl<E: Element> Kernel for RmsNorm<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let mut squares = simd.zero();
-        for x in self.x.chunks_exact(LANES) {
-            // SAFETY: eight f32.
-            let x = unsafe { simd.load(x.as_ptr()) };
+        for x in self.x.as_chunks().0 {
+            let x = simd.load(x);
             squares = simd.fma(x, x, squares);
         }
         let mean = simd.sum(squares) / self.weight.len() as f32;
         let scale = simd.splat(1.0 / (mean + self.eps).sqrt());
-        let rows = self.x.chunks_exact(LANES).zip(self.y.chunks_exact_mut(LANES));
+        let rows = self.x.as_chunks().0.iter().zip(self.y.as_chunks_mut().0);
         for ((x, y), weight) in rows.zip(self.weight.chunks(LANES)) {
-            let weight = if weight.len() == LANES {
-                // SAFETY: eight elements.
-                unsafe { E::load(simd, weight.as_ptr()) }
-            } else {
-                E::load_partial(simd, weight)
-            };
-            // SAFETY: eight f32 each.
-            unsafe { simd.store(y.as_mut_ptr(), simd.mul(weight, simd.mul(simd.load(x.as_ptr()), scale))) };
+            simd.store(y, simd.mul(E::load_padded(simd, weight), simd.mul(simd.load(x), scale)));
         }
     }
 }
@@ -54,14 +46,11 @@ impl Kernel for SiluMul<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        for (gate, up) in self.gate.chunks_exact_mut(LANES).zip(self.up.chunks_exact(LANES)) {
-            // SAFETY: eight f32 each.
-            unsafe {
-                let x = simd.load(gate.as_ptr());
-                let denominator = simd.add(simd.splat(1.0), simd.exp(simd.sub(simd.zero(), x)));
-                let silu = simd.div(x, denominator);
-                simd.store(gate.as_mut_ptr(), simd.mul(silu, simd.load(up.as_ptr())));
-            }
+        for (gate, up) in self.gate.as_chunks_mut().0.iter_mut().zip(self.up.as_chunks().0) {
+            let x = simd.load(gate);
+            let denominator = simd.add(simd.splat(1.0), exp(simd, simd.sub(simd.zero(), x)));
+            let silu = simd.div(x, denominator);
+            simd.store(gate, simd.mul(silu, simd.load(up)));
         }
     }
 }
@@ -82,12 +71,8 @@ impl Kernel for AddScaled<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let scale = simd.splat(self.scale);
-        for (y, x) in self.y.chunks_exact_mut(LANES).zip(self.x.chunks_exact(LANES)) {
-            // SAFETY: eight f32 each.
-            unsafe {
-                let sum = simd.fma(scale, simd.load(x.as_ptr()), simd.load(y.as_ptr()));
-                simd.store(y.as_mut_ptr(), sum);
-            }
+        for (y, x) in self.y.as_chunks_mut().0.iter_mut().zip(self.x.as_chunks().0) {
+            simd.store(y, simd.fma(scale, simd.load(x), simd.load(y)));
         }
     }
 }

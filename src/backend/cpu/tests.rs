@@ -16,12 +16,6 @@ use crate::weights::{Dtype, LlamaWeights};
 /// What no kernel may touch.
 const GUARD: f32 = 12345.0;
 
-fn every_isa() -> Vec<Isa> {
-    let mut isas = vec![Isa::Portable];
-    isas.extend(Some(Isa::detect()).filter(|&isa| isa != Isa::Portable));
-    isas
-}
-
 /// Numbers in [−1, 1).
 fn noise(seed: u64) -> impl FnMut() -> f32 {
     let mut state = seed;
@@ -75,7 +69,7 @@ fn checked<E: Element>(
 
 #[test]
 fn products_are_within_the_bound_of_f64() {
-    for isa in every_isa() {
+    for isa in Isa::every() {
         for k in [1, 7, 8, 9, 64, 173, 1024, 1025, 2100] {
             for (rows, cols) in [(1, 1), (1, 9), (2, 4), (3, 5), (4, 8), (7, 3), (BLOCK_ROWS, 6)] {
                 checked(isa, (rows, cols, k), |x| x);
@@ -89,7 +83,7 @@ fn products_are_within_the_bound_of_f64() {
 #[test]
 fn converted_weights_give_the_same_bits() {
     let (rows, cols, k) = (13, 7, 1083);
-    for isa in every_isa() {
+    for isa in Isa::every() {
         let mut next = noise(3);
         let x: Vec<f32> =
             (0..rows * padded(k)).map(|i| if i % padded(k) < k { next() } else { 0.0 }).collect();
@@ -156,7 +150,7 @@ fn decode(dtype: Dtype, isa: Isa, poison: f32) -> Vec<Vec<f32>> {
 
 #[test]
 fn what_is_not_written_is_not_read() {
-    for isa in every_isa() {
+    for isa in Isa::every() {
         let clean = decode(Dtype::F32, isa, 0.0);
         assert!(clean.iter().flatten().all(|logit| logit.is_finite()));
         assert_eq!(clean, decode(Dtype::F32, isa, f32::NAN));

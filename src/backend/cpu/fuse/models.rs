@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::simd::LANES;
+use crate::backend::cpu::simd::{LANES, Vector};
 use crate::error::{Error, Result};
 use crate::fusion::{FusionRule, Logits, PerExpert};
 use crate::model::Role;
@@ -109,9 +109,9 @@ impl NotFinite {
 /// A block of every model's logits in whole vectors.
 #[derive(Clone, Debug)]
 pub(super) struct Tile<'a> {
-    pub(super) base: &'a [[f32; LANES]],
-    pub(super) small: &'a [[f32; LANES]],
-    pub(super) experts: PerExpert<&'a [[f32; LANES]]>,
+    pub(super) base: &'a [Vector],
+    pub(super) small: &'a [Vector],
+    pub(super) experts: PerExpert<&'a [Vector]>,
 }
 
 impl<'a> Tile<'a> {
@@ -128,9 +128,9 @@ impl<'a> Tile<'a> {
 
 /// A copy of a block in which tokens that don't count have no weight in any model and no difference.
 pub(super) struct TileCopy {
-    base: [[f32; LANES]; VECTORS],
-    small: [[f32; LANES]; VECTORS],
-    experts: PerExpert<[[f32; LANES]; VECTORS]>,
+    base: [Vector; VECTORS],
+    small: [Vector; VECTORS],
+    experts: PerExpert<[Vector; VECTORS]>,
     vectors: usize,
     alone: bool,
     /// Whether some token of the range is excluded.

@@ -3,9 +3,9 @@
 use std::sync::MutexGuard;
 
 use super::models::{BLOCK, Models, NotFinite};
-use super::simd::{Kernel, LANES, Level, Simd, dispatch};
-use super::slice::{Vector, maximum};
+use super::slice::maximum;
 use super::sums::{Ladder, Sums, Tilt};
+use crate::backend::cpu::simd::{Element, Isa, Kernel, Simd, Vector};
 use crate::backend::{Choice, FuseRow};
 use crate::error::{Error, Result};
 use crate::fusion::cumulant::{Best, Divergences, choose, loss, one_hot};
@@ -110,13 +110,13 @@ impl RowState {
     /// Takes the sums of the row's slices: either the row is decided or it needs others.
     pub(super) fn advance<'g>(
         &mut self,
-        level: Level,
+        isa: Isa,
         row: &FuseRow<'_>,
         models: Result<Models<'_>>,
         tilts: &[Tilt],
         parts: impl Iterator<Item = MutexGuard<'g, Option<Result<Sums, NotFinite>>>>,
     ) {
-        self.result = match self.try_advance(level, row, models, tilts, parts) {
+        self.result = match self.try_advance(isa, row, models, tilts, parts) {
             Ok(decision) => decision.map(Ok),
             Err(error) => Some(Err(error)),
         };
@@ -124,7 +124,7 @@ impl RowState {
 
     fn try_advance<'g>(
         &mut self,
-        level: Level,
+        isa: Isa,
         row: &FuseRow<'_>,
         models: Result<Models<'_>>,
         tilts: &[Tilt],
@@ -173,13 +173,13 @@ impl RowState {
                 return Ok(None);
             }
         };
-        self.decide(level, row, &models, &sums, &targets, chosen).map(Some)
+        self.decide(isa, row, &models, &sums, &targets, chosen).map(Some)
     }
 
     /// Writes the fused logits, chooses the token, and fills in the story.
     fn decide(
         &mut self,
-        level: Level,
+        isa: Isa,
         row: &FuseRow<'_>,
         models: &Models<'_>,
         sums: &Sums,
@@ -188,7 +188,7 @@ impl RowState {
     ) -> Result<Decision> {
         self.fused.resize(models.width(), 0.0);
         let kernel = FusedRow { models, alpha: &chosen.alpha, masked: sums.masked, fused: &mut self.fused };
-        let argmax_fused = dispatch(level, kernel);
+        let argmax_fused = isa.run(kernel);
         let token = match row.choice {
             Choice::Forced(id) if (id as usize) < models.width() => id,
             Choice::Forced(id) => {
@@ -352,32 +352,29 @@ fn add_difference<S: Simd>(
     small: &[f32],
 ) {
     let alpha = simd.splat(alpha);
-    let sum = |from: &Vector, expert: &Vector, small: &Vector| {
-        let d = simd.sub(simd.load(expert), simd.load(small));
-        simd.mul_add(alpha, d, simd.load(from))
-    };
-    let pad = |tail: &[f32]| {
-        let mut vector = [0.0; LANES];
-        vector[..tail.len()].copy_from_slice(tail);
-        vector
+    let sum = |from, expert, small| simd.fma(alpha, simd.sub(expert, small), from);
+    let sums = |from: &Vector, (expert, small): (&Vector, &Vector)| {
+        sum(simd.load(from), simd.load(expert), simd.load(small))
     };
     let ((experts, expert_tail), (smalls, small_tail)) = (expert.as_chunks(), small.as_chunks());
     let (vectors, tail) = fused.as_chunks_mut();
     let models = experts.iter().zip(smalls);
     let from_tail = match from.map(|from| from.as_chunks()) {
         Some((from, from_tail)) => {
-            for ((fused, from), (expert, small)) in vectors.iter_mut().zip(from).zip(models) {
-                simd.store(sum(from, expert, small), fused);
+            for ((fused, from), models) in vectors.iter_mut().zip(from).zip(models) {
+                simd.store(fused, sums(from, models));
             }
-            pad(from_tail)
+            from_tail
         }
         None => {
-            for (fused, (expert, small)) in vectors.iter_mut().zip(models) {
-                simd.store(sum(fused, expert, small), fused);
+            for (fused, models) in vectors.iter_mut().zip(models) {
+                simd.store(fused, sums(fused, models));
             }
-            pad(tail)
+            &*tail
         }
     };
-    let last = simd.to_array(sum(&from_tail, &pad(expert_tail), &pad(small_tail)));
+    let [from_tail, expert_tail, small_tail] =
+        [from_tail, expert_tail, small_tail].map(|tail| f32::load_padded(simd, tail));
+    let last = simd.lanes(sum(from_tail, expert_tail, small_tail));
     tail.copy_from_slice(&last[..tail.len()]);
 }

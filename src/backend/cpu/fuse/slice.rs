@@ -5,18 +5,15 @@
 use std::ops::Range;
 
 use super::models::{BLOCK, Models, NotFinite, Tile, TileCopy};
-use super::simd::{Kernel, LANES, Simd};
 use super::sums::{Sums, Tilt, Top};
 use super::walk::Walk;
 use super::wide;
+use crate::backend::cpu::simd::{Kernel, LANES, Simd, Vector};
 use crate::fusion::PerExpert;
 
 /// Tokens in a slice. Slices are what threads share, and their sums are merged in order: results don't depend
 /// on the number of threads.
 pub(super) const SLICE: usize = 16 * BLOCK;
-
-/// Eight tokens.
-pub(super) type Vector = [f32; LANES];
 
 /// The sums over `range` of a row's logits, at most [`SLICE`] tokens, for all candidates of `tilts`.
 pub(super) struct Search<'a> {
@@ -127,7 +124,7 @@ impl Source<'_> {
 /// The largest value, and whether all values are finite.
 #[inline(always)]
 pub(super) fn maximum<S: Simd>(simd: S, values: &[Vector]) -> (f32, bool) {
-    let zero = simd.splat(0.0);
+    let zero = simd.zero();
     let mut largest = [simd.splat(f32::NEG_INFINITY); 4];
     // 0·x is NaN for NaN and ±∞, and stays so.
     let mut check = [zero; 4];
@@ -136,15 +133,15 @@ pub(super) fn maximum<S: Simd>(simd: S, values: &[Vector]) -> (f32, bool) {
         for i in 0..4 {
             let x = simd.load(&quad[i]);
             largest[i] = simd.max(largest[i], x);
-            check[i] = simd.mul_add(x, zero, check[i]);
+            check[i] = simd.fma(x, zero, check[i]);
         }
     }
     for x in rest {
         let x = simd.load(x);
         largest[0] = simd.max(largest[0], x);
-        check[0] = simd.mul_add(x, zero, check[0]);
+        check[0] = simd.fma(x, zero, check[0]);
     }
     let largest = simd.max(simd.max(largest[0], largest[1]), simd.max(largest[2], largest[3]));
     let check = simd.add(simd.add(check[0], check[1]), simd.add(check[2], check[3]));
-    (simd.largest(largest), simd.sum(check) == 0.0)
+    (simd.largest(largest), simd.sum_f64(check) == 0.0)
 }

@@ -13,11 +13,10 @@
 //! constant added to a model costs nothing. Sums are f32 within a lane of a block (at most 128 terms, all of
 //! one sign where they enter a logarithm), f64 across lanes and blocks.
 
-use super::exp::exp_scaled;
 use super::models::{Tile, TileCopy, VECTORS};
-use super::simd::{LANES, Simd};
-use super::slice::{Source, Tops, Vector};
+use super::slice::{Source, Tops};
 use super::sums::{Ladder, Sums, Tilt};
+use crate::backend::cpu::simd::{LANES, Simd, Vector, exp_scaled};
 use crate::fusion::cumulant::{Direction, Lane};
 use crate::fusion::{MAX_EXPERTS, PerExpert};
 
@@ -153,7 +152,7 @@ impl Walk<'_> {
         if ladder.count > 1 {
             for (d, ratio) in d.iter().zip(ratio.iter_mut()) {
                 let exponent = simd.mul(simd.splat(ladder.step as f32), simd.load(d));
-                simd.store(exp_scaled::<0, S>(simd, exponent), ratio);
+                simd.store(ratio, exp_scaled::<0, S>(simd, exponent));
             }
         }
         for lanes in sums.candidates.chunks_mut(GROUP) {
@@ -201,13 +200,13 @@ impl Walk<'_> {
 #[inline(always)]
 fn weigh<const BIAS: i32, S: Simd>(simd: S, x: &[Vector], top: f32, weights: &mut [Vector]) -> f64 {
     let top = simd.splat(top);
-    let mut sum = simd.splat(0.0);
+    let mut sum = simd.zero();
     for (x, weight) in x.iter().zip(weights) {
         let w = exp_scaled::<BIAS, S>(simd, simd.sub(simd.load(x), top));
-        simd.store(w, weight);
+        simd.store(weight, w);
         sum = simd.add(sum, w);
     }
-    simd.sum(sum)
+    simd.sum_f64(sum)
 }
 
 /// Adds Σ exp(E − max E), and the sums of both models' weights times D − (max E − max S), to (S, E).
@@ -219,18 +218,18 @@ fn weigh_expert<S: Simd>(
     target: &mut (Lane, Lane),
 ) {
     let (small_top, expert_top) = (simd.splat(small_top), simd.splat(expert_top));
-    let [mut small_weighted, mut sum, mut weighted] = [simd.splat(0.0); 3];
+    let [mut small_weighted, mut sum, mut weighted] = [simd.zero(); 3];
     for ((small, expert), q) in small.iter().zip(expert).zip(weights) {
         let (s, e) = (simd.sub(simd.load(small), small_top), simd.sub(simd.load(expert), expert_top));
         let d = simd.sub(e, s);
         let w = exp_scaled::<0, S>(simd, e);
         sum = simd.add(sum, w);
-        weighted = simd.mul_add(w, d, weighted);
-        small_weighted = simd.mul_add(simd.load(q), d, small_weighted);
+        weighted = simd.fma(w, d, weighted);
+        small_weighted = simd.fma(simd.load(q), d, small_weighted);
     }
-    target.0.weighted += simd.sum(small_weighted);
-    target.1.sum += simd.sum(sum);
-    target.1.weighted += simd.sum(weighted);
+    target.0.weighted += simd.sum_f64(small_weighted);
+    target.1.sum += simd.sum_f64(sum);
+    target.1.weighted += simd.sum_f64(weighted);
 }
 
 /// d = Σ_t c_t ((E_t − E_t*) − (S − S*)): logits of one model are subtracted first, which is exact or nearly so
@@ -244,7 +243,7 @@ fn difference<S: Simd>(simd: S, tile: &Tile<'_>, star: &Star, tilt: &Tilt, d: &m
         let (star, c) = (simd.splat(star), simd.splat(c as f32));
         for ((small, expert), d) in tile.small.iter().zip(*expert).zip(d.iter_mut()) {
             let (e, s) = (simd.sub(simd.load(expert), star), simd.sub(simd.load(small), small_star));
-            simd.store(simd.mul_add(c, simd.sub(e, s), simd.load(d)), d);
+            simd.store(d, simd.fma(c, simd.sub(e, s), simd.load(d)));
         }
     }
 }
@@ -252,14 +251,14 @@ fn difference<S: Simd>(simd: S, tile: &Tile<'_>, star: &Star, tilt: &Tilt, d: &m
 /// Σ w·d, and (min d, max d).
 #[inline(always)]
 fn shift<S: Simd>(simd: S, weights: &[Vector], d: &[Vector]) -> (f64, (f32, f32)) {
-    let [mut weighted, mut lowest, mut highest] = [simd.splat(0.0); 3];
+    let [mut weighted, mut lowest, mut highest] = [simd.zero(); 3];
     for (w, d) in weights.iter().zip(d) {
         let d = simd.load(d);
-        weighted = simd.mul_add(simd.load(w), d, weighted);
+        weighted = simd.fma(simd.load(w), d, weighted);
         lowest = simd.min(d, lowest);
         highest = simd.max(d, highest);
     }
-    (simd.sum(weighted), (simd.smallest(lowest), simd.largest(highest)))
+    (simd.sum_f64(weighted), (simd.smallest(lowest), simd.largest(highest)))
 }
 
 /// `weights` = 2^`BIAS` exp(L − L* + α·d); those that overflow come out above [`LARGEST_START`].
@@ -267,8 +266,8 @@ fn shift<S: Simd>(simd: S, weights: &[Vector], d: &[Vector]) -> (f64, (f32, f32)
 fn start<S: Simd>(simd: S, (base, top): (&[Vector], f32), d: &[Vector], alpha: f32, weights: &mut [Vector]) {
     let (top, alpha, highest) = (simd.splat(top), simd.splat(alpha), simd.splat(64.0));
     for ((base, d), weight) in base.iter().zip(d).zip(weights) {
-        let x = simd.mul_add(alpha, simd.load(d), simd.sub(simd.load(base), top));
-        simd.store(exp_scaled::<BIAS, S>(simd, simd.min(x, highest)), weight);
+        let x = simd.fma(alpha, simd.load(d), simd.sub(simd.load(base), top));
+        simd.store(weight, exp_scaled::<BIAS, S>(simd, simd.min(x, highest)));
     }
 }
 
@@ -281,20 +280,20 @@ fn progress<const N: usize, S: Simd>(
     weight: &mut [Vector],
     lanes: &mut [Lane],
 ) {
-    let mut sum = [simd.splat(0.0); N];
-    let mut weighted = [simd.splat(0.0); N];
+    let mut sum = [simd.zero(); N];
+    let mut weighted = [simd.zero(); N];
     for ((d, ratio), weight) in d.iter().zip(ratio).zip(weight) {
         let (d, ratio) = (simd.load(d), simd.load(ratio));
         let mut w = simd.load(weight);
         for k in 0..N {
             sum[k] = simd.add(sum[k], w);
-            weighted[k] = simd.mul_add(w, d, weighted[k]);
+            weighted[k] = simd.fma(w, d, weighted[k]);
             w = simd.mul(w, ratio);
         }
-        simd.store(w, weight);
+        simd.store(weight, w);
     }
     for ((lane, sum), weighted) in lanes.iter_mut().zip(sum).zip(weighted) {
-        lane.sum += simd.sum(sum);
-        lane.weighted += simd.sum(weighted);
+        lane.sum += simd.sum_f64(sum);
+        lane.weighted += simd.sum_f64(weighted);
     }
 }

@@ -5,11 +5,9 @@
 
 use std::ops::Range;
 
-use super::exp::exp_scaled;
 use super::models::{BLOCK, Models, VECTORS};
-use super::simd::{LANES, Simd};
-use super::slice::Vector;
 use super::sums::{Sums, Tilt};
+use crate::backend::cpu::simd::{LANES, Simd, Vector, exp_scaled};
 use crate::fusion::cumulant::Lane;
 
 /// A block in f64.
@@ -58,13 +56,13 @@ impl Block {
 /// Σ exp(x) and Σ exp(x)·d.
 #[inline(always)]
 fn weigh<S: Simd>(simd: S, x: &[Vector], d: &[Vector]) -> (f64, f64) {
-    let [mut sum, mut weighted] = [simd.splat(0.0); 2];
+    let [mut sum, mut weighted] = [simd.zero(); 2];
     for (x, d) in x.iter().zip(d) {
         let w = exp_scaled::<0, S>(simd, simd.load(x));
         sum = simd.add(sum, w);
-        weighted = simd.mul_add(w, simd.load(d), weighted);
+        weighted = simd.fma(w, simd.load(d), weighted);
     }
-    (simd.sum(sum), simd.sum(weighted))
+    (simd.sum_f64(sum), simd.sum_f64(weighted))
 }
 
 /// Sets all lanes of `sums` to those of `range`.

@@ -1,0 +1,139 @@
+//! AVX2, FMA and F16C.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::{Kernel, Simd};
+
+/// The proof that this machine has AVX2, FMA and F16C.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// The token, where the machine has the instructions.
+    pub(crate) fn detect() -> Option<Self> {
+        let found = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        found.then_some(Self(()))
+    }
+
+    /// Compiles `kernel` for these instructions and runs it.
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn compiled<K: Kernel>(token: Avx2, kernel: K) -> K::Output {
+            kernel.run(token)
+        }
+        // SAFETY: the token exists only where the instructions do.
+        unsafe { compiled(self, kernel) }
+    }
+}
+
+/// An intrinsic without pointers.
+macro_rules! intrinsic {
+    ($e:expr) => {
+        // SAFETY: only a holder of the token gets here, and it exists only where the instructions do.
+        unsafe { $e }
+    };
+}
+
+impl Simd for Avx2 {
+    type V = __m256;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m256 {
+        intrinsic!(_mm256_set1_ps(x))
+    }
+
+    #[inline(always)]
+    unsafe fn load_at(self, p: *const f32) -> __m256 {
+        // SAFETY: the caller's, and the token.
+        unsafe { _mm256_loadu_ps(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16_at(self, p: *const f16) -> __m256 {
+        // SAFETY: the caller's, and the token.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_at(self, p: *const bf16) -> __m256 {
+        // SAFETY: the caller's, and the token.
+        let wide = unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())) };
+        intrinsic!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide)))
+    }
+
+    #[inline(always)]
+    unsafe fn store_at(self, p: *mut f32, v: __m256) {
+        // SAFETY: the caller's, and the token.
+        unsafe { _mm256_storeu_ps(p, v) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        intrinsic!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m256, b: __m256) -> __m256 {
+        intrinsic!(_mm256_add_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m256, b: __m256) -> __m256 {
+        intrinsic!(_mm256_sub_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m256, b: __m256) -> __m256 {
+        intrinsic!(_mm256_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m256, b: __m256) -> __m256 {
+        intrinsic!(_mm256_div_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        intrinsic!(_mm256_fmadd_ps(a, b, c))
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m256, b: __m256) -> __m256 {
+        intrinsic!(_mm256_max_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn min(self, a: __m256, b: __m256) -> __m256 {
+        intrinsic!(_mm256_min_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn keep_from(self, a: __m256, x: __m256, limit: __m256) -> __m256 {
+        intrinsic!(_mm256_and_ps(a, _mm256_cmp_ps::<_CMP_GE_OQ>(x, limit)))
+    }
+
+    #[inline(always)]
+    fn scale_by_power(self, a: __m256, n: __m256) -> __m256 {
+        intrinsic!({
+            let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(n));
+            _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), exponent))
+        })
+    }
+
+    #[inline(always)]
+    fn sum4(self, v: [__m256; 4]) -> [f32; 4] {
+        let mut sums = [0.0; 4];
+        // SAFETY: `sums` has four f32; the token.
+        unsafe {
+            let pairs = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+            let low = _mm256_castps256_ps128(pairs);
+            let high = _mm256_extractf128_ps::<1>(pairs);
+            _mm_storeu_ps(sums.as_mut_ptr(), _mm_add_ps(low, high));
+        }
+        sums
+    }
+}
