@@ -24,7 +24,7 @@ use crate::ensemble::Ensemble;
 use crate::kv_cache::BLOCK_SIZE;
 use crate::model::LlamaModel;
 use crate::rope::Rope;
-use crate::weights::{LayerWeights, Tensor};
+use crate::weights::{LayerWeights, Linear, Tensor};
 
 /// The most rows that run together: longer batches run in turns, so that activations need little memory.
 const MOST_ROWS: usize = 512;
@@ -232,18 +232,7 @@ impl Group {
         };
         attention.run(machine.pool, machine.scratch, &mut self.partials);
 
-        let deltas = stage.low_rank(machine, attended, low_rank, &[Projection::O]);
-        let products: ArrayVec<_, MAX_PRODUCTS> = stage
-            .layers()
-            .map(|(weights, rows)| Product {
-                first: Weight::of(&weights.o_proj, Projection::O),
-                second: None,
-                rows,
-                cols: self.config.hidden_size,
-                column: 0,
-            })
-            .collect();
-        machine.region(attended, low_rank, &products, &deltas, Epilogue::Add, hidden);
+        stage.add(machine, attended, low_rank, Projection::O, |weights| &weights.o_proj, hidden);
     }
 
     /// hidden += down_proj(silu(gate_proj(x)) · up_proj(x)) with x = norm(hidden)
@@ -266,18 +255,7 @@ impl Group {
             .collect();
         machine.region(normed, low_rank, &products, &deltas, Epilogue::SiluMul, activated);
 
-        let deltas = stage.low_rank(machine, activated, low_rank, &[Projection::Down]);
-        let products: ArrayVec<_, MAX_PRODUCTS> = stage
-            .layers()
-            .map(|(weights, rows)| Product {
-                first: Weight::of(&weights.down_proj, Projection::Down),
-                second: None,
-                rows,
-                cols: self.config.hidden_size,
-                column: 0,
-            })
-            .collect();
-        machine.region(activated, low_rank, &products, &deltas, Epilogue::Add, hidden);
+        stage.add(machine, activated, low_rank, Projection::Down, |weights| &weights.down_proj, hidden);
     }
 
     /// The logits that are wanted, over the shared vocabulary.
@@ -439,6 +417,30 @@ impl<'a> Stage<'a> {
     fn layers(self) -> impl Iterator<Item = (&'a LayerWeights, (usize, usize))> {
         let spans = self.group.0.weights.iter();
         spans.map(move |span| (&self.ensemble.models()[span.model].weights.layers[self.layer], span.rows))
+    }
+
+    /// hidden += W x + ΔW x, with the weights of one projection.
+    fn add(
+        self,
+        machine: &mut Machine<'_>,
+        x: &Matrix,
+        low_rank: &mut Matrix,
+        projection: Projection,
+        linear: impl Fn(&'a LayerWeights) -> &'a Linear,
+        hidden: &mut Matrix,
+    ) {
+        let deltas = self.low_rank(machine, x, low_rank, &[projection]);
+        let products: ArrayVec<_, MAX_PRODUCTS> = self
+            .layers()
+            .map(|(weights, rows)| Product {
+                first: Weight::of(linear(weights), projection),
+                second: None,
+                rows,
+                cols: hidden.cols(),
+                column: 0,
+            })
+            .collect();
+        machine.region(x, low_rank, &products, &deltas, Epilogue::Add, hidden);
     }
 
     /// Computes A x for the adapters that change `projections`, side by side in `low_rank`, and lists the updates.

@@ -17,6 +17,11 @@ impl Matrix {
         Self { data: vec![0.0; rows * padded(cols)], cols }
     }
 
+    /// Numbers in a row.
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
     /// The distance between rows.
     pub(crate) fn stride(&self) -> usize {
         padded(self.cols)
