@@ -89,6 +89,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The logits of `model` in `slot`, of all `logits`; the fused step reads them in place.
+fn slot_of<'a>(
+    logits: &'a [f32],
+    ensemble: &Ensemble,
+    limits: &Limits,
+    model: usize,
+    slot: usize,
+) -> Option<&'a [f32]> {
+    if model >= ensemble.models().len() || slot >= limits.slots {
+        return None;
+    }
+    let vocab_size = ensemble.vocab_size();
+    let start = (model * limits.slots + slot) * vocab_size;
+    logits.get(start..start + vocab_size)
+}
+
 impl CpuBackend {
     /// Prepares to run `ensemble`: starts the threads and reserves memory.
     ///
@@ -131,16 +147,6 @@ impl CpuBackend {
             named: vec![false; models.len() * limits.slots],
             ensemble,
         })
-    }
-
-    /// The logits of `model` in `slot`; the fused step reads them in place.
-    fn slot(&self, model: usize, slot: usize) -> Option<&[f32]> {
-        if model >= self.ensemble.models().len() || slot >= self.limits.slots {
-            return None;
-        }
-        let vocab_size = self.ensemble.vocab_size();
-        let start = (model * self.limits.slots + slot) * vocab_size;
-        self.logits.get().get(start..start + vocab_size)
     }
 
     /// Checks everything that a row indexes with.
@@ -205,15 +211,11 @@ impl Backend for CpuBackend {
 
     fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<()> {
         let Self { ensemble, fuser, pool, logits, limits, .. } = self;
-        let (logits, vocab_size) = (logits.get(), ensemble.vocab_size());
-        let of_slot = |model: usize, slot: usize| {
-            let start = (model * limits.slots + slot) * vocab_size;
-            logits.get(start..start + vocab_size)
-        };
+        let logits = logits.get();
         let row_logits = |row: usize| {
             let mut of_row = Logits::default();
             for (index, model) in ensemble.models().iter().enumerate() {
-                let Some(logits) = of_slot(index, rows[row].slot) else { continue };
+                let Some(logits) = slot_of(logits, ensemble, limits, index, rows[row].slot) else { continue };
                 match model.role {
                     Role::Large => of_row.large = Some(logits),
                     Role::Small => of_row.small = Some(logits),
@@ -229,7 +231,8 @@ impl Backend for CpuBackend {
     }
 
     fn logits(&self, model: usize, slot: usize) -> Result<Vec<f32>> {
-        self.slot(model, slot).map(<[f32]>::to_vec).ok_or_else(|| Error::Parameter {
+        let logits = slot_of(self.logits.get(), &self.ensemble, &self.limits, model, slot);
+        logits.map(<[f32]>::to_vec).ok_or_else(|| Error::Parameter {
             name: "slot",
             expected: format!("a model below {} and a slot below {}", self.caches.len(), self.limits.slots),
             found: format!("model {model}, slot {slot}"),

@@ -7,8 +7,9 @@ use half::{bf16, f16};
 use super::matmul::{BLOCK_ROWS, Convert, MatMul};
 use super::simd::{Element, Isa, padded};
 use super::*;
-use crate::backend::{Backend, Row};
+use crate::backend::{Backend, Choice, Row};
 use crate::config::LlamaConfig;
+use crate::fusion::FusionRule;
 use crate::kv_cache::BlockTable;
 use crate::model::LlamaModel;
 use crate::weights::{Dtype, LlamaWeights};
@@ -169,4 +170,19 @@ fn instruction_sets_agree() {
         // of the definition.
         assert!(worst < 1e-5, "{dtype:?}: {worst:e}");
     }
+}
+
+#[test]
+fn fusion_reads_no_slot_that_does_not_exist() {
+    let models = [Role::Large, Role::Small].map(|role| LlamaModel { role, ..model(Dtype::F32) });
+    let ensemble = Arc::new(Ensemble::from_models(models.into()).unwrap());
+    let limits = Limits { rows: 1, slots: 1, blocks: 1 };
+    let mut backend = CpuBackend::new(ensemble, CpuOptions { threads: 1, limits }).unwrap();
+    let mut decisions = Vec::new();
+    // The large model's slot 1 would be the small model's slot 0.
+    let row =
+        |slot| FuseRow { slot, step: 0, rule: &FusionRule::Large, held: None, choice: Choice::Forced(1) };
+    backend.fuse(&[row(0), row(1)], &mut decisions).unwrap();
+    assert!(decisions[0].is_ok());
+    assert!(matches!(decisions[1], Err(Error::MissingModel { .. })), "{:?}", decisions[1]);
 }
