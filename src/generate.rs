@@ -256,12 +256,28 @@ impl Generator {
             let tokenizer = ensemble.tokenizer(stream.model).or_else(|| ensemble.tokenizer_of_any())?;
             Some(tokenizer.decoder_after(request.prompt(stream.model)))
         });
+        #[cfg(feature = "tokenizer")]
+        let has_text = decoder.is_some();
+        #[cfg(not(feature = "tokenizer"))]
+        let has_text = false;
+        if !request.stop_strings.is_empty() && !has_text {
+            return Err(parameter("stop", "token ids, for want of a tokenizer", "strings"));
+        }
         let text = text::Text {
             #[cfg(feature = "tokenizer")]
             decoder,
             stop: stop::StopStrings::new(request.stop_strings.clone()),
         };
-        Ok(Sequence { id: self.pushed, request, streams, end_token_ids, decided: 0, held: None, text })
+        Ok(Sequence {
+            id: self.pushed,
+            request,
+            streams,
+            end_token_ids,
+            decided: 0,
+            held: None,
+            text,
+            ended: false,
+        })
     }
 
     /// One step of the engine: fills `self.ready` with at least one step or failure, unless every sequence in
@@ -299,7 +315,27 @@ impl Generator {
 
     /// Starts the next request that waits, if the cache has room for all of it.
     fn admit(&mut self) -> bool {
-        let Some(mut sequence) = self.waiting.pop_front() else { return false };
+        while let Some(sequence) = self.waiting.pop_front() {
+            match self.allocate(&sequence) {
+                Ok(allocated) => {
+                    self.start(sequence, allocated);
+                    return true;
+                }
+                // Nothing runs that could give blocks back: it will never fit.
+                Err(error) if self.running.is_empty() => {
+                    self.ready.push_back(Err(in_request(sequence.id, error)));
+                }
+                Err(_) => {
+                    self.waiting.push_front(sequence);
+                    return false;
+                }
+            }
+        }
+        false
+    }
+
+    /// A block table for each stream, and how many of its tokens are cached; all or none.
+    fn allocate(&mut self, sequence: &Sequence) -> Result<Vec<(BlockTable, usize)>> {
         let new_tokens = sequence.request.forced.len() + sequence.request.max_new_tokens;
         let mut allocated: Vec<(BlockTable, usize)> = Vec::with_capacity(sequence.streams.len());
         for stream in &sequence.streams {
@@ -311,16 +347,15 @@ impl Generator {
                     for (stream, (table, _)) in sequence.streams.iter().zip(allocated) {
                         self.pools[stream.model].release(table);
                     }
-                    if self.running.is_empty() {
-                        // It will never fit.
-                        self.ready.push_back(Err(in_request(sequence.id, error)));
-                        return self.admit();
-                    }
-                    self.waiting.push_front(sequence);
-                    return false;
+                    return Err(error);
                 }
             }
         }
+        Ok(allocated)
+    }
+
+    /// Puts a sequence with its blocks among those that run.
+    fn start(&mut self, mut sequence: Sequence, allocated: Vec<(BlockTable, usize)>) {
         for (stream, (table, cached)) in sequence.streams.iter_mut().zip(allocated) {
             stream.computed = cached;
             stream.table = match self.free_tables.pop() {
@@ -335,7 +370,6 @@ impl Generator {
             };
         }
         self.running.push(sequence);
-        true
     }
 
     /// Adds what fits of a sequence's rows to the batch, and returns how many logit slots they take.
@@ -408,9 +442,7 @@ impl Generator {
     /// Drops the sequences that have ended.
     fn retire(&mut self, failed: &[usize]) {
         for index in (0..self.running.len()).rev() {
-            let sequence = &self.running[index];
-            let ended = self.ready.iter().flatten().any(|s| s.request == sequence.id && s.finish.is_some());
-            if ended || failed.contains(&index) {
+            if self.running[index].ended || failed.contains(&index) {
                 let sequence = self.running.remove(index);
                 for stream in sequence.streams {
                     self.pools[stream.model].release(std::mem::take(&mut self.tables[stream.table]));

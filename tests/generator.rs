@@ -133,6 +133,17 @@ fn a_request_that_never_fits_fails_alone() {
 }
 
 #[test]
+fn any_number_of_requests_that_never_fit_fail_one_by_one() {
+    let mut generator = generator(Limits { blocks: 1, ..LIMITS });
+    // As many as would overflow the stack if each were a call inside the last one's.
+    let count = 50_000;
+    for _ in 0..count {
+        generator.push(Request::new(vec![1], 100)).unwrap();
+    }
+    assert_eq!(generator.filter(|step| matches!(step, Err(Error::Request { .. }))).count(), count);
+}
+
+#[test]
 fn impossible_requests_are_refused() {
     let mut generator = generator(LIMITS);
     let context = tiny::CONTEXT;
@@ -149,6 +160,8 @@ fn impossible_requests_are_refused() {
     assert!(matches!(error(&mut generator, Request::new(vec![1], 0)), Error::Parameter { .. }));
     let empty_stop = Request { stop_strings: vec![String::new()], ..Request::new(vec![1], 1) };
     assert!(matches!(error(&mut generator, empty_stop), Error::Parameter { name: "stop", .. }));
+    let no_text = Request { stop_strings: vec!["x".to_owned()], ..Request::new(vec![1], 1) };
+    assert!(matches!(error(&mut generator, no_text), Error::Parameter { name: "stop", .. }));
     assert!(generator.next().is_none());
 }
 

@@ -106,10 +106,7 @@ fn every_step_of_the_method_is_the_papers() {
 /// SmolLM2-135M-Instruct, made by `tools/convert_smollm2.py`; its directory is named by the variable, which the gate
 /// sets.
 fn smollm2(dtype: &str, variable: &str) {
-    let Some(dir) = std::env::var_os(variable) else {
-        eprintln!("skipped: {variable} names no directory");
-        return;
-    };
+    let dir = std::env::var_os(variable).unwrap_or_else(|| panic!("{variable} names the model's directory"));
     let spec = EnsembleSpec { large: Some(dir.into()), ..EnsembleSpec::default() };
     let ensemble = Arc::new(Ensemble::load(&spec).unwrap());
     let golden = json(&goldens("smollm2.json"));
@@ -161,11 +158,13 @@ fn smollm2(dtype: &str, variable: &str) {
 }
 
 #[test]
+#[ignore = "needs the model that .ci/run converts"]
 fn smollm2_f32_is_transformers() {
     smollm2("f32", "DLF_SMOLLM2_F32");
 }
 
 #[test]
+#[ignore = "needs the model that .ci/run converts"]
 fn smollm2_bf16_is_transformers() {
     smollm2("bf16", "DLF_SMOLLM2_BF16");
 }

@@ -38,6 +38,8 @@ pub(crate) struct Sequence {
     /// The active expert and α of the last search.
     pub(crate) held: Option<(usize, f64)>,
     pub(crate) text: Text,
+    /// Whether its last step is decided.
+    pub(crate) ended: bool,
 }
 
 impl Sequence {
@@ -103,6 +105,7 @@ impl Sequence {
         if decoded.stopped {
             finish = Some(FinishReason::Stop);
         }
+        self.ended = finish.is_some();
         Step {
             request: self.id,
             index,
