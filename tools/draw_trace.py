@@ -14,6 +14,7 @@ from pathlib import Path
 
 COLORS = ["#2a6fdb", "#d9622b", "#2f9e62", "#9b51c4", "#c2a011", "#1f9aa8", "#c2417c", "#6b6f76"]
 CHARACTER, LINE, BAR, MARGIN, WIDTH = 9.0, 96, 48, 16, 900
+NARROWEST = 34  # room for α over a token of one character
 MOST = 2.0  # α at the top of a bar
 
 
@@ -28,7 +29,7 @@ def draw(records):
     parts, x, y = [], float(MARGIN), 46.0
     for record in records:
         text = shown(record["text"])
-        width = CHARACTER * len(text) + 10
+        width = max(CHARACTER * len(text) + 10, NARROWEST)
         if x + width > WIDTH - MARGIN:
             x, y = float(MARGIN), y + LINE
         alpha = sum(record["alpha"])
