@@ -7,6 +7,8 @@
 //! knows of prompts.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 use std::str::FromStr;
 use std::sync::Arc;

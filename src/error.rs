@@ -185,6 +185,16 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// A CUDA call failed. The GPU is not used any more: later calls report the same.
+    #[error("cuda:{device}: {operation}: {reason}")]
+    Cuda {
+        /// The GPU's number.
+        device: usize,
+        /// The call, with the kernel or the sizes that it was about.
+        operation: String,
+        /// What the driver said.
+        reason: String,
+    },
 }
 
 impl Error {

@@ -1,0 +1,13 @@
+//! The backend for NVIDIA GPUs: hand-written kernels, prebuilt images of them, and the driver, which is looked for
+//! when the program runs.
+
+#![allow(dead_code)]
+
+mod device;
+mod images;
+mod memory;
+
+pub use device::{Gpu, device_count};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,348 @@
+//! One GPU: its context, its kernels, and the one way to call the driver.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_void};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use cudarc::driver::sys::{self, CUdevice_attribute};
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DeviceRepr, DriverError, LaunchConfig,
+    PushKernelArg,
+};
+use cudarc::nvrtc::Ptx;
+
+use super::images;
+use crate::error::{Error, Result};
+
+/// The oldest driver that takes the images, whose PTX is of version 8.1: CUDA 12.1, branch r530.
+const OLDEST_DRIVER: i32 = 12_010;
+
+/// The oldest GPU that the images are for: Ampere.
+const OLDEST_COMPUTE_CAPABILITY: (i32, i32) = (8, 0);
+
+/// One GPU. Cheap to share; everything on it runs in streams that the caller makes.
+pub struct Gpu {
+    ordinal: usize,
+    name: String,
+    compute_capability: (i32, i32),
+    multiprocessors: usize,
+    shared_bytes: usize,
+    context: Arc<CudaContext>,
+    modules: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
+    /// The first failure: after it the context can't be trusted, and every call reports it.
+    failure: OnceLock<(String, String)>,
+}
+
+/// A kernel of the images.
+#[derive(Clone, Debug)]
+pub(crate) struct Kernel {
+    function: CudaFunction,
+    symbol: &'static str,
+}
+
+/// How many blocks and threads run a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Grid {
+    /// Blocks: x, y, z.
+    pub(crate) blocks: (u32, u32, u32),
+    /// Threads of a block: x, y, z.
+    pub(crate) threads: (u32, u32, u32),
+    /// Dynamic shared memory of a block, in bytes.
+    pub(crate) shared: u32,
+}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (major, minor) = self.compute_capability;
+        write!(f, "cuda:{} ({}, compute capability {major}.{minor})", self.ordinal, self.name)
+    }
+}
+
+/// How many GPUs there are that a driver is installed for; 0 without a driver.
+pub fn device_count() -> usize {
+    if !driver_is_present() {
+        return 0;
+    }
+    CudaContext::device_count().ok().and_then(|count| usize::try_from(count).ok()).unwrap_or(0)
+}
+
+/// Whether the driver's library can be loaded. Without it, any other call of cudarc panics.
+fn driver_is_present() -> bool {
+    // SAFETY: it only tries to open the library, whose initialisers are the driver's own.
+    unsafe { sys::is_culib_present() }
+}
+
+impl Gpu {
+    /// Opens the GPU of this number.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where there is no driver, or it is too old, or there is no such GPU, or it is too old.
+    pub fn open(ordinal: usize) -> Result<Arc<Self>> {
+        let refuse = |reason: String| Error::Device { requested: format!("cuda:{ordinal}"), reason };
+        if !driver_is_present() {
+            return Err(refuse("no NVIDIA driver is installed (libcuda.so was not found)".to_owned()));
+        }
+        let found = driver_version().map_err(|error| refuse(describe(&error)))?;
+        if found < OLDEST_DRIVER {
+            return Err(refuse(format!(
+                "the driver is for CUDA {}, and {} is needed (r530 or newer)",
+                version(found),
+                version(OLDEST_DRIVER)
+            )));
+        }
+        let count = CudaContext::device_count().map_err(|error| refuse(describe(&error)))?;
+        if i32::try_from(ordinal).is_ok_and(|ordinal| ordinal >= count) || i32::try_from(ordinal).is_err() {
+            return Err(refuse(format!("there {}", gpus(count))));
+        }
+        let context = CudaContext::new(ordinal).map_err(|error| refuse(describe(&error)))?;
+        // SAFETY: no memory is allocated yet. Without tracking, the order of work is ours to keep: all that touches
+        // one buffer runs in one stream, or streams wait for each other by events (see `order`).
+        unsafe { context.disable_event_tracking() };
+        Self::inspect(ordinal, context).map_err(|error| refuse(describe(&error)))?.check_age(refuse)
+    }
+
+    fn inspect(ordinal: usize, context: Arc<CudaContext>) -> Result<Self, DriverError> {
+        let number = |attribute| context.attribute(attribute).map(|n| usize::try_from(n).unwrap_or(0));
+        Ok(Self {
+            ordinal,
+            name: context.name()?,
+            compute_capability: context.compute_capability()?,
+            multiprocessors: number(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared_bytes: number(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            context,
+            modules: Mutex::default(),
+            failure: OnceLock::new(),
+        })
+    }
+
+    fn check_age(self, refuse: impl Fn(String) -> Error) -> Result<Arc<Self>> {
+        let ((major, minor), oldest) = (self.compute_capability, OLDEST_COMPUTE_CAPABILITY);
+        if (major, minor) < oldest {
+            return Err(refuse(format!(
+                "{} has compute capability {major}.{minor}, and {}.{} is needed (Ampere or newer)",
+                self.name, oldest.0, oldest.1
+            )));
+        }
+        Ok(Arc::new(self))
+    }
+
+    /// Its number.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    /// What the driver calls it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Major and minor.
+    pub fn compute_capability(&self) -> (i32, i32) {
+        self.compute_capability
+    }
+
+    /// Streaming multiprocessors.
+    pub fn multiprocessors(&self) -> usize {
+        self.multiprocessors
+    }
+
+    /// Shared memory that one block can have, in bytes.
+    pub fn shared_bytes(&self) -> usize {
+        self.shared_bytes
+    }
+
+    /// Free and total memory, in bytes.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.call(|| "cuMemGetInfo".to_owned(), || self.context.mem_get_info())
+    }
+
+    /// A new stream.
+    pub(crate) fn stream(&self) -> Result<Arc<CudaStream>> {
+        self.call(|| "cuStreamCreate".to_owned(), || self.context.new_stream())
+    }
+
+    /// Waits for all work in `stream`.
+    pub(crate) fn synchronize(&self, stream: &CudaStream) -> Result<()> {
+        self.call(|| "cuStreamSynchronize".to_owned(), || stream.synchronize())
+    }
+
+    /// What is put into `later` from now on starts after all that is in `earlier` now.
+    pub(crate) fn order(&self, earlier: &CudaStream, later: &CudaStream) -> Result<()> {
+        self.call(|| "cuStreamWaitEvent".to_owned(), || later.wait(&earlier.record_event(None)?))
+    }
+
+    /// A point in `stream` that can be waited for.
+    pub(crate) fn record(&self, stream: &CudaStream) -> Result<CudaEvent> {
+        self.call(|| "cuEventRecord".to_owned(), || stream.record_event(None))
+    }
+
+    /// The kernel `symbol` of the image `module`, loaded where it isn't yet.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] where the driver doesn't take the image (with the log of its compiler), or has no such kernel.
+    pub(crate) fn kernel(&self, module: &'static str, symbol: &'static str) -> Result<Kernel> {
+        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let loaded = match modules.get(module) {
+            Some(loaded) => Arc::clone(loaded),
+            None => {
+                let loaded = self.load(module)?;
+                modules.insert(module, Arc::clone(&loaded));
+                loaded
+            }
+        };
+        let operation = || format!("cuModuleGetFunction of {symbol} in {module}");
+        let function = self.call(operation, || loaded.load_function(symbol))?;
+        Ok(Kernel { function, symbol })
+    }
+
+    fn load(&self, module: &'static str) -> Result<Arc<CudaModule>> {
+        let operation = || format!("cuModuleLoadData of {module}");
+        let image = images::ptx(module).ok_or_else(|| Error::Cuda {
+            device: self.ordinal,
+            operation: operation(),
+            reason: "no such image is built in".to_owned(),
+        })?;
+        self.call_with(operation, || self.context.load_module(Ptx::from_src(image)), || jit_log(image))
+    }
+
+    /// Lets a kernel have more than the 48 KiB of dynamic shared memory that every kernel may have.
+    pub(crate) fn allow_shared(&self, kernel: &Kernel, bytes: usize) -> Result<()> {
+        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let value = i32::try_from(bytes).unwrap_or(i32::MAX);
+        let operation = || format!("cuFuncSetAttribute of {}: {bytes} bytes of shared memory", kernel.symbol);
+        self.call(operation, || kernel.function.set_attribute(attribute, value))
+    }
+
+    /// Blocks of `kernel` that one multiprocessor runs at once.
+    pub(crate) fn occupancy(&self, kernel: &Kernel, threads: u32, shared: usize) -> Result<usize> {
+        let operation = || format!("cuOccupancyMaxActiveBlocksPerMultiprocessor of {}", kernel.symbol);
+        let blocks = self.call(operation, || {
+            kernel.function.occupancy_max_active_blocks_per_multiprocessor(threads, shared, None)
+        })?;
+        Ok(blocks as usize)
+    }
+
+    /// Puts a launch of `kernel` into `stream`.
+    ///
+    /// # Safety
+    /// `args` must be what the kernel takes, and every address in it must be that of device memory of at least the
+    /// extent that the kernel's contract names, alive until the launch has run.
+    pub(crate) unsafe fn launch<A: DeviceRepr>(
+        &self,
+        stream: &CudaStream,
+        kernel: &Kernel,
+        grid: Grid,
+        args: &A,
+    ) -> Result<()> {
+        let config =
+            LaunchConfig { grid_dim: grid.blocks, block_dim: grid.threads, shared_mem_bytes: grid.shared };
+        let operation = || format!("launch of {} with {:?}", kernel.symbol, grid);
+        self.call(operation, || {
+            let mut builder = stream.launch_builder(&kernel.function);
+            builder.arg(args);
+            // SAFETY: the caller's promise.
+            unsafe { builder.launch(config) }.map(|_| ())
+        })
+    }
+
+    /// Calls the driver. Any error is the last word: later calls repeat it and do nothing.
+    pub(crate) fn call<T>(
+        &self,
+        operation: impl Fn() -> String,
+        call: impl FnOnce() -> Result<T, DriverError>,
+    ) -> Result<T> {
+        self.call_with(operation, call, || None)
+    }
+
+    fn call_with<T>(
+        &self,
+        operation: impl Fn() -> String,
+        call: impl FnOnce() -> Result<T, DriverError>,
+        detail: impl FnOnce() -> Option<String>,
+    ) -> Result<T> {
+        if let Some((operation, reason)) = self.failure.get() {
+            return Err(self.error(operation, reason));
+        }
+        // An error of a drop, which had nowhere to go, is kept by cudarc for the next call.
+        call().map_err(|error| {
+            let detail = detail().map_or_else(String::new, |detail| format!(": {detail}"));
+            let (operation, reason) =
+                self.failure.get_or_init(|| (operation(), format!("{}{detail}", describe(&error))));
+            self.error(operation, reason)
+        })
+    }
+
+    fn error(&self, operation: &str, reason: &str) -> Error {
+        Error::Cuda { device: self.ordinal, operation: operation.to_owned(), reason: reason.to_owned() }
+    }
+
+    /// The context, for what has no method of its own here.
+    pub(crate) fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+}
+
+impl Kernel {
+    /// Its name in the image.
+    pub(crate) fn symbol(&self) -> &'static str {
+        self.symbol
+    }
+}
+
+/// The code's name and what the driver says of it.
+fn describe(error: &DriverError) -> String {
+    match (error.error_name(), error.error_string()) {
+        (Ok(name), Ok(text)) => format!("{} ({})", name.to_string_lossy(), text.to_string_lossy()),
+        _ => format!("error {}", error.0 as u32),
+    }
+}
+
+fn gpus(count: i32) -> String {
+    match count {
+        0 => "is no NVIDIA GPU".to_owned(),
+        1 => "is one NVIDIA GPU, cuda:0".to_owned(),
+        n => format!("are {n} NVIDIA GPUs, cuda:0 to cuda:{}", n - 1),
+    }
+}
+
+/// The CUDA version of the driver: 12010 is 12.1.
+fn driver_version() -> Result<i32, DriverError> {
+    let mut version = 0;
+    // SAFETY: it writes one int to the address, and needs no context.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result()?;
+    Ok(version)
+}
+
+fn version(number: i32) -> String {
+    format!("{}.{}", number / 1000, number % 1000 / 10)
+}
+
+/// What the driver's compiler says about an image that it refused.
+fn jit_log(image: &str) -> Option<String> {
+    const LOG_BYTES: usize = 4096;
+    let image = CString::new(image).ok()?;
+    let mut log = vec![0_u8; LOG_BYTES];
+    let mut options =
+        [sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER, sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    let mut values: [*mut c_void; 2] = [log.as_mut_ptr().cast(), LOG_BYTES as *mut c_void];
+    let mut module = std::ptr::null_mut();
+    // SAFETY: the image ends with a zero, the two options have one value each, and the log is as long as it says.
+    // A context is current, since one was when the load failed; a module that loads after all is unloaded.
+    unsafe {
+        let loaded = sys::cuModuleLoadDataEx(
+            &mut module,
+            image.as_ptr().cast(),
+            2,
+            options.as_mut_ptr(),
+            values.as_mut_ptr(),
+        );
+        if loaded.result().is_ok() {
+            let _ = sys::cuModuleUnload(module);
+        }
+    }
+    let text = CStr::from_bytes_until_nul(&log).ok()?.to_string_lossy().trim().to_owned();
+    (!text.is_empty()).then_some(text)
+}

@@ -1,0 +1,55 @@
+//! The device's own calls, on the virtual GPU.
+
+use virtual_gpu::host::{self, Driver};
+
+use super::device::{Gpu, device_count};
+
+/// A virtual GPU of its own for each test, and the engine's view of it.
+pub(super) fn virtual_gpu(profile: &str) -> (host::Gpu, std::sync::Arc<Gpu>) {
+    let driver = Driver::load().expect("the virtual driver stands beside the test");
+    let device = driver.device(profile).expect("a known profile");
+    let gpu = Gpu::open(device.ordinal()).expect("the virtual GPU opens");
+    (device, gpu)
+}
+
+#[test]
+fn a_gpu_says_what_it_is() {
+    let (_device, gpu) = virtual_gpu("h100");
+    assert_eq!(gpu.compute_capability(), (9, 0));
+    assert_eq!(gpu.multiprocessors(), 132);
+    assert_eq!(gpu.shared_bytes(), 227 << 10);
+    assert!(device_count() > gpu.ordinal());
+    let (free, total) = gpu.memory().unwrap();
+    assert!(free <= total && total > 70 << 30, "{free} of {total}");
+}
+
+#[test]
+fn a_number_without_a_gpu_is_refused() {
+    let _some = virtual_gpu("a100");
+    let message = Gpu::open(100_000).unwrap_err().to_string();
+    assert!(message.starts_with("device cuda:100000: there "), "{message}");
+}
+
+#[test]
+fn numbers_come_back_as_they_went() {
+    let (device, gpu) = virtual_gpu("rtx4090");
+    let stream = gpu.stream().unwrap();
+    let mut buffer = gpu.zeros::<f32>(&stream, 5, "a test").unwrap();
+    gpu.write(&stream, &mut buffer, 1, &[1.0, 2.0]).unwrap();
+    let mut back = [9.0; 4];
+    gpu.read(&stream, &buffer, 0, &mut back).unwrap();
+    assert_eq!(back, [0.0, 1.0, 2.0, 0.0]);
+    let message = gpu.write(&stream, &mut buffer, 4, &[1.0, 2.0]).unwrap_err().to_string();
+    assert!(message.ends_with("numbers 4 to 6 of a buffer of 5"), "{message}");
+    assert_eq!(device.reports(), []);
+}
+
+#[test]
+fn more_memory_than_there_is_is_refused_with_numbers() {
+    let (_device, gpu) = virtual_gpu("rtx4090");
+    let stream = gpu.stream().unwrap();
+    let message = gpu.zeros::<u8>(&stream, 30 << 30, "a cache").unwrap_err().to_string();
+    assert!(message.contains("a cache needs 30720.0 MiB"), "{message}");
+    // A refusal isn't a failure: the GPU goes on.
+    gpu.zeros::<u8>(&stream, 1 << 10, "a cache").unwrap();
+}
