@@ -6,6 +6,9 @@
 mod device;
 mod images;
 mod memory;
+mod plan;
+mod upload;
+mod weights;
 
 pub use device::{Gpu, device_count};
 

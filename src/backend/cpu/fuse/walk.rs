@@ -142,26 +142,21 @@ impl Walk<'_> {
         let n = tile.base.len();
         let (large, d) = (&scratch.large[..n], &scratch.difference[..n]);
         let (ratio, weight) = (&mut scratch.ratio[..n], &mut scratch.weight[..n]);
-        let (weighted, extremes) = shift(simd, large, d);
+        let (weighted, extremes) = shift(simd, large, d, ladder.step, ratio);
         sums.base.weighted += weighted;
-        if ladder.first == 0.0 {
-            weight.copy_from_slice(large);
-        } else {
+        if ladder.first != 0.0 {
             start(simd, (tile.base, self.tops.base.value), d, ladder.first as f32, weight);
         }
-        if ladder.count > 1 {
-            for (d, ratio) in d.iter().zip(ratio.iter_mut()) {
-                let exponent = simd.mul(simd.splat(ladder.step as f32), simd.load(d));
-                simd.store(ratio, exp_scaled::<0, S>(simd, exponent));
-            }
-        }
+        // The first group reads the weights where they are.
+        let mut first = (ladder.first == 0.0).then_some(large);
         for lanes in sums.candidates.chunks_mut(GROUP) {
+            let from = first.take();
             match lanes.len() {
-                1 => progress::<1, S>(simd, d, ratio, weight, lanes),
-                2 => progress::<2, S>(simd, d, ratio, weight, lanes),
-                3 => progress::<3, S>(simd, d, ratio, weight, lanes),
-                4 => progress::<4, S>(simd, d, ratio, weight, lanes),
-                _ => progress::<GROUP, S>(simd, d, ratio, weight, lanes),
+                1 => progress::<1, S>(simd, d, ratio, from, weight, lanes),
+                2 => progress::<2, S>(simd, d, ratio, from, weight, lanes),
+                3 => progress::<3, S>(simd, d, ratio, from, weight, lanes),
+                4 => progress::<4, S>(simd, d, ratio, from, weight, lanes),
+                _ => progress::<GROUP, S>(simd, d, ratio, from, weight, lanes),
             }
         }
         extremes
@@ -237,26 +232,39 @@ fn weigh_expert<S: Simd>(
 #[inline(always)]
 fn difference<S: Simd>(simd: S, tile: &Tile<'_>, star: &Star, tilt: &Tilt, d: &mut [Vector; VECTORS]) {
     let small_star = simd.splat(star.small);
-    d.fill([0.0; LANES]);
-    let experts = tile.experts.iter().zip(&star.experts).zip(&tilt.direction);
-    for ((expert, &star), &c) in experts.filter(|&(_, &c)| c != 0.0) {
+    let experts = tile.experts.iter().zip(&star.experts).zip(&tilt.direction).filter(|&(_, &c)| c != 0.0);
+    let mut is_first = true;
+    for ((expert, &star), &c) in experts {
         let (star, c) = (simd.splat(star), simd.splat(c as f32));
         for ((small, expert), d) in tile.small.iter().zip(*expert).zip(d.iter_mut()) {
             let (e, s) = (simd.sub(simd.load(expert), star), simd.sub(simd.load(small), small_star));
-            simd.store(d, simd.fma(c, simd.sub(e, s), simd.load(d)));
+            let before = if is_first { simd.zero() } else { simd.load(d) };
+            simd.store(d, simd.fma(c, simd.sub(e, s), before));
         }
+        is_first = false;
+    }
+    if is_first {
+        d.fill([0.0; LANES]);
     }
 }
 
-/// Σ w·d, and (min d, max d).
+/// Σ w·d, and (min d, max d); `ratio` = exp(step·d).
 #[inline(always)]
-fn shift<S: Simd>(simd: S, weights: &[Vector], d: &[Vector]) -> (f64, (f32, f32)) {
+fn shift<S: Simd>(
+    simd: S,
+    weights: &[Vector],
+    d: &[Vector],
+    step: f64,
+    ratio: &mut [Vector],
+) -> (f64, (f32, f32)) {
+    let step = simd.splat(step as f32);
     let [mut weighted, mut lowest, mut highest] = [simd.zero(); 3];
-    for (w, d) in weights.iter().zip(d) {
+    for ((w, d), ratio) in weights.iter().zip(d).zip(ratio) {
         let d = simd.load(d);
         weighted = simd.fma(simd.load(w), d, weighted);
         lowest = simd.min(d, lowest);
         highest = simd.max(d, highest);
+        simd.store(ratio, exp_scaled::<0, S>(simd, simd.mul(step, d)));
     }
     (simd.sum_f64(weighted), (simd.smallest(lowest), simd.largest(highest)))
 }
@@ -271,29 +279,53 @@ fn start<S: Simd>(simd: S, (base, top): (&[Vector], f32), d: &[Vector], alpha: f
     }
 }
 
-/// The next `N` candidates: adds Σ w and Σ w·d to each lane, with w ← w·ratio from one to the next.
+/// The next `N` candidates: adds Σ w and Σ w·d to each lane, with w ← w·ratio from one to the next. The first w are
+/// `from`, or what `weight` holds; the last go to `weight`.
 #[inline(always)]
 fn progress<const N: usize, S: Simd>(
     simd: S,
     d: &[Vector],
     ratio: &[Vector],
+    from: Option<&[Vector]>,
     weight: &mut [Vector],
     lanes: &mut [Lane],
 ) {
-    let mut sum = [simd.zero(); N];
-    let mut weighted = [simd.zero(); N];
-    for ((d, ratio), weight) in d.iter().zip(ratio).zip(weight) {
-        let (d, ratio) = (simd.load(d), simd.load(ratio));
-        let mut w = simd.load(weight);
-        for k in 0..N {
-            sum[k] = simd.add(sum[k], w);
-            weighted[k] = simd.fma(w, d, weighted[k]);
-            w = simd.mul(w, ratio);
+    let mut sums = [(simd.zero(), simd.zero()); N];
+    let tokens = d.iter().zip(ratio);
+    match from {
+        Some(from) => {
+            for (((d, ratio), from), weight) in tokens.zip(from).zip(weight) {
+                simd.store(weight, climb(simd, d, ratio, from, &mut sums));
+            }
         }
-        simd.store(weight, w);
+        None => {
+            for ((d, ratio), weight) in tokens.zip(weight) {
+                let last = climb(simd, d, ratio, weight, &mut sums);
+                simd.store(weight, last);
+            }
+        }
     }
-    for ((lane, sum), weighted) in lanes.iter_mut().zip(sum).zip(weighted) {
+    for (lane, (sum, weighted)) in lanes.iter_mut().zip(sums) {
         lane.sum += simd.sum_f64(sum);
         lane.weighted += simd.sum_f64(weighted);
     }
+}
+
+/// One vector's way up the ladder: adds w and w·d to each candidate's sums, and returns the next candidate's w.
+#[inline(always)]
+fn climb<const N: usize, S: Simd>(
+    simd: S,
+    d: &Vector,
+    ratio: &Vector,
+    weight: &Vector,
+    sums: &mut [(S::V, S::V); N],
+) -> S::V {
+    let (d, ratio) = (simd.load(d), simd.load(ratio));
+    let mut w = simd.load(weight);
+    for (sum, weighted) in sums {
+        *sum = simd.add(*sum, w);
+        *weighted = simd.fma(w, d, *weighted);
+        w = simd.mul(w, ratio);
+    }
+    w
 }

@@ -1,0 +1,236 @@
+// y = W x for a few rows of x: the part that the projections of a decoding step share.
+//
+// A warp computes four outputs for up to M rows. Its lanes walk along K in panels of 256 columns: sixteen bytes of
+// each weight row a lane and step, four rows in flight, each weight read once for all rows of x. The rows of x lie in
+// shared memory as f32, in an order in which a warp reads them without bank conflicts.
+//
+// A row's sum has one order, whatever M and the chunks: along a lane by column, then over the lanes as a butterfly.
+// So a sequence decodes to the same bits alone and among others.
+//
+// RMSNorm costs no pass of its own: x·w is staged, its squares are summed on the way, panel by panel, and the scalar
+// 1/√(mean x² + ε) multiplies the result.
+#pragma once
+
+#include "common.cuh"
+
+constexpr u32 GEMV_WARPS = 8;
+constexpr u32 GEMV_ROWS = 4;         // outputs of a warp
+constexpr u32 PANEL = 256;           // columns that a warp reads at once
+constexpr u32 PLANE = 144;           // where the second half of a staged panel begins: 128 and a shift of 16 banks
+constexpr u32 STAGED = PLANE + 128;  // numbers of a staged panel
+constexpr u32 NO_ADAPTER = 0xffffffffu;
+
+struct Product {
+    const float* x;            // (rows, stride) f32
+    const void* weights;       // (n, stride) of set 0
+    const float* bias;         // (n,) of set 0, or null
+    const float* norm;         // (cols,) of set 0, with zeros up to stride, or null: no RMSNorm
+    const u32* set_first;      // (sets + 1,): rows of set z are set_first[z] .. set_first[z + 1]
+    const u32* rows;           // (rows,): which rows of x, or null: all of them
+    const float* lora_b;       // (n, rank) of adapter 0, scaled, or null: no adapters
+    const float* lora_t;       // (rows, segments · rank): A x of each row's adapter
+    const u32* adapter;        // (rows,): the adapter of each row, NO_ADAPTER for none
+    u64 set_stride;            // bytes from one set to the next: weights, bias, norm
+    u64 lora_stride;           // bytes from one adapter to the next
+    u32 n;                     // outputs
+    u32 cols;                  // columns: the true number
+    u32 stride;                // columns rounded up to 8; the padding is zero in x and W
+    u32 skip;                  // rows of each set that an earlier launch has done
+    u32 chunk;                 // panels that fit shared memory at once
+    u32 rank;                  // of the adapters, rounded up to 8
+    u32 segments;              // projections that W stacks: lora_t has one part for each
+    float eps;                 // rms_norm_eps
+};
+
+// One lane's sixteen or thirty-two bytes of a weight row's panel.
+template <typename T>
+struct Piece {
+    uint4 raw;
+    __device__ void load(const T* row, u32 panel, u32 lane, u32 stride) {
+        const u32 k = panel * PANEL + 8 * lane;
+        raw = k < stride ? __ldg(reinterpret_cast<const uint4*>(row + k)) : uint4{0, 0, 0, 0};
+    }
+    __device__ void get(float (&w)[8]) const { unpack(raw, w, static_cast<const T*>(nullptr)); }
+    // Where the q-th four columns of a panel are staged: a lane's eight columns are two fours, a plane apart.
+    static __device__ u32 place(u32 q) { return (q % 2) * PLANE + (q / 2) * 4; }
+};
+
+template <>
+struct Piece<float> {
+    float4 low, high;
+    __device__ void load(const float* row, u32 panel, u32 lane, u32 stride) {
+        const u32 k = panel * PANEL + 4 * lane;
+        const float4 zero = {0, 0, 0, 0};
+        low = k < stride ? __ldg(reinterpret_cast<const float4*>(row + k)) : zero;
+        high = k + 128 < stride ? __ldg(reinterpret_cast<const float4*>(row + k + 128)) : zero;
+    }
+    __device__ void get(float (&w)[8]) const {
+        w[0] = low.x, w[1] = low.y, w[2] = low.z, w[3] = low.w;
+        w[4] = high.x, w[5] = high.y, w[6] = high.z, w[7] = high.w;
+    }
+    static __device__ u32 place(u32 q) { return (q / 32) * PLANE + (q % 32) * 4; }
+};
+
+// Dynamic shared memory: staged rows (M, chunk, STAGED), squares (M, panels), scales (M,), sums (warps, M, outputs).
+template <u32 M>
+struct Shared {
+    float* staged;
+    float* squares;
+    float* scale;
+    float* sums;
+    __device__ Shared(float* memory, u32 chunk, u32 panels)
+        : staged(memory), squares(memory + M * chunk * STAGED), scale(squares + M * panels), sums(scale + M) {}
+};
+
+// The rows of x that a launch computes for one set.
+struct Span {
+    u32 first;
+    u32 count;
+    __device__ Span(const Product& p, u32 set, u32 most) {
+        first = p.set_first[set] + p.skip;
+        const u32 end = p.set_first[set + 1];
+        count = first < end ? min(end - first, most) : 0;
+    }
+};
+
+// Stages the panels first .. first + count of all rows, and sums the squares of each.
+template <typename T, u32 M>
+__device__ void stage(const Product& p, const float* norm, Span span, Shared<M> shared, u32 first, u32 count, u32 panels) {
+    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    for (u32 task = warp; task < M * count; task += GEMV_WARPS) {
+        const u32 m = task / count, panel = task % count;
+        const bool exists = m < span.count;
+        const u32 row = !exists ? 0 : p.rows ? p.rows[span.first + m] : span.first + m;
+        const float* x = p.x + u64(row) * p.stride;
+        float* to = shared.staged + (m * p.chunk + panel) * STAGED;
+        float squares = 0;
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+            const u32 q = lane + WARP * half;
+            const u32 k = (first + panel) * PANEL + 4 * q;
+            float4 v = {0, 0, 0, 0};
+            if (exists && k < p.stride) v = *reinterpret_cast<const float4*>(x + k);
+            if (norm) {
+                squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+                if (k < p.stride) {
+                    const float4 w = __ldg(reinterpret_cast<const float4*>(norm + k));
+                    v.x *= w.x, v.y *= w.y, v.z *= w.z, v.w *= w.w;
+                }
+            }
+            *reinterpret_cast<float4*>(to + Piece<T>::place(q)) = v;
+        }
+        if (norm) {
+            squares = warp_sum(squares);
+            if (lane == 0) shared.squares[m * panels + first + panel] = squares;
+        }
+    }
+}
+
+// Calls finish(unit, index, row, y) in every lane, for each warp's unit and each row, with the four outputs y.
+//
+// `row_of(unit, r)` is the weight row of output r of a unit; past the end it may be any row that exists, and finish
+// drops it. `segment(row)` is the part of lora_t that belongs to a weight row.
+template <typename T, u32 M, typename RowOf, typename Segment, typename Finish>
+__device__ void gemv(const Product& p, u32 units, RowOf row_of, Segment segment, Finish finish) {
+    extern __shared__ float4 memory[];
+    const u32 set = blockIdx.z, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const Span span(p, set, M);
+    if (span.count == 0) return;
+    const u32 panels = (p.stride + PANEL - 1) / PANEL;
+    const Shared<M> shared(reinterpret_cast<float*>(memory), p.chunk, panels);
+    const T* weights = advance(static_cast<const T*>(p.weights), set * p.set_stride);
+    const float* norm = p.norm ? advance(p.norm, set * p.set_stride) : nullptr;
+    const float* bias = p.bias ? advance(p.bias, set * p.set_stride) : nullptr;
+    const u32 tiles = (units + GEMV_WARPS - 1) / GEMV_WARPS;
+    constexpr u32 AHEAD = M <= 4 ? 2 : 1;  // panels in flight
+    bool staged = false;
+
+    for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const u32 unit = tile * GEMV_WARPS + warp;
+        const T* row[GEMV_ROWS];
+#pragma unroll
+        for (u32 r = 0; r < GEMV_ROWS; r++) row[r] = weights + u64(row_of(unit, r)) * p.stride;
+        float sums[GEMV_ROWS][M] = {};
+
+        for (u32 first = 0; first < panels; first += p.chunk) {
+            const u32 count = min(p.chunk, panels - first);
+            // Where all panels fit at once they stay for all tiles.
+            if (!staged || panels > p.chunk) {
+                __syncthreads();
+                stage<T, M>(p, norm, span, shared, first, count, panels);
+                __syncthreads();
+                staged = true;
+            }
+            for (u32 panel = 0; panel < count; panel += AHEAD) {
+                Piece<T> pieces[AHEAD][GEMV_ROWS];
+#pragma unroll
+                for (u32 a = 0; a < AHEAD; a++) {
+                    if (panel + a < count) {
+#pragma unroll
+                        for (u32 r = 0; r < GEMV_ROWS; r++) pieces[a][r].load(row[r], first + panel + a, lane, p.stride);
+                    }
+                }
+#pragma unroll
+                for (u32 a = 0; a < AHEAD; a++) {
+                    if (panel + a < count) {
+                        float w[GEMV_ROWS][8];
+#pragma unroll
+                        for (u32 r = 0; r < GEMV_ROWS; r++) pieces[a][r].get(w[r]);
+#pragma unroll
+                        for (u32 m = 0; m < M; m++) {
+                            const float* from = shared.staged + (m * p.chunk + panel + a) * STAGED + 4 * lane;
+                            const float4 low = *reinterpret_cast<const float4*>(from);
+                            const float4 high = *reinterpret_cast<const float4*>(from + PLANE);
+                            const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+                            for (u32 r = 0; r < GEMV_ROWS; r++) {
+#pragma unroll
+                                for (u32 i = 0; i < 8; i++) sums[r][m] = fmaf(w[r][i], x[i], sums[r][m]);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+
+        if (norm && threadIdx.x < M) {
+            float total = 0;
+            for (u32 panel = 0; panel < panels; panel++) total += shared.squares[threadIdx.x * panels + panel];
+            shared.scale[threadIdx.x] = 1.0f / sqrtf(total / float(p.cols) + p.eps);
+        }
+        float* mine = shared.sums + warp * GEMV_ROWS * M;
+#pragma unroll
+        for (u32 r = 0; r < GEMV_ROWS; r++) {
+#pragma unroll
+            for (u32 m = 0; m < M; m++) {
+                const float sum = warp_sum(sums[r][m]);
+                if (lane == 0) mine[m * GEMV_ROWS + r] = sum;
+            }
+        }
+        __syncthreads();
+        // From here on the rows come one after another: unrolled, this part would be most of the code.
+#pragma unroll 1
+        for (u32 m = 0; m < span.count; m++) {
+            const u32 x_row = p.rows ? p.rows[span.first + m] : span.first + m;
+            const u32 adapter = p.lora_b ? p.adapter[x_row] : NO_ADAPTER;
+            float y[GEMV_ROWS];
+#pragma unroll
+            for (u32 r = 0; r < GEMV_ROWS; r++) {
+                const u32 n = row_of(unit, r);
+                y[r] = mine[m * GEMV_ROWS + r];
+                if (norm) y[r] *= shared.scale[m];
+                if (adapter != NO_ADAPTER) {
+                    const float* b = advance(p.lora_b, adapter * p.lora_stride) + u64(n) * p.rank;
+                    const float* t = p.lora_t + (u64(x_row) * p.segments + segment(n)) * p.rank;
+                    float delta = 0;
+                    for (u32 j = lane; j < p.rank; j += WARP) delta = fmaf(b[j], t[j], delta);
+                    y[r] += warp_sum(delta);
+                }
+                if (bias) y[r] += bias[n];
+            }
+            finish(unit, span.first + m, x_row, y);
+        }
+        // The next tile writes sums and scales again.
+        __syncthreads();
+    }
+}

@@ -1,0 +1,3 @@
+#include "projections.cuh"
+
+PROJECTIONS(bf16, bf16, f16)

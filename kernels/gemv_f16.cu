@@ -1,0 +1,3 @@
+#include "projections.cuh"
+
+PROJECTIONS(f16, f16, f16)

@@ -1,0 +1,3 @@
+#include "projections.cuh"
+
+PROJECTIONS(float, f32, float)

@@ -1,0 +1,149 @@
+// The projections of a decoding step, for up to M = 16 rows a set (gemv.cuh has the common part).
+//
+// grid   (min(tiles, what the GPU runs at once), 1, sets) × 256 threads; a tile is 8 warps of 4 outputs
+// bytes  every weight once for all rows: n · cols · size of T; x comes from the L2 cache, once a block
+// bound  memory bandwidth
+// needs  rows of a set − skip ≤ M, or the rest is left for the next launch; rows of W and x 16-byte aligned, zero
+//        between cols and stride; shared memory for `chunk` panels of M rows
+#pragma once
+
+#include "gemv.cuh"
+
+struct QkvArgs {
+    Product product;           // W is queries, keys, values: n = (heads + 2 · kv_heads) · head_dim
+    float* queries;            // (rows, query_stride) f32: rotated queries
+    void* cache;               // keys and values of this layer of model 0: (blocks, 2, kv_heads, 16, head_dim)
+    const float* cos;          // (positions, head_dim / 2) f32
+    const float* sin;          // (positions, head_dim / 2) f32
+    const u32* position;       // (rows,)
+    const u32* table;          // (rows,): row of block_tables
+    const u32* model;          // (rows,)
+    const u32* block_tables;   // (tables, table_stride)
+    u64 model_stride;          // bytes from one model's cache to the next
+    u32 query_stride;
+    u32 table_stride;
+    u32 heads;
+    u32 kv_heads;
+    u32 head_dim;
+};
+
+// y = rms_norm(x) Wᵀ + b; queries and keys are rotated: (a, b) → (a cos − b sin, b cos + a sin) for the pair
+// (i, i + head_dim / 2) of a head at its position; keys and values go to the cache.
+//
+// A unit is two such pairs, so that one warp has both halves of what it rotates.
+template <typename T, typename KV, u32 M>
+__device__ void qkv(const QkvArgs& args) {
+    const u32 half = args.head_dim / 2;
+    const u32 pairs = (args.heads + 2 * args.kv_heads) * half;
+    const auto row_of = [=](u32 unit, u32 r) {
+        const u32 pair = min(2 * unit + r % 2, pairs - 1);
+        return pair / half * args.head_dim + pair % half + (r / 2) * half;
+    };
+    const u32 keys = args.heads * args.head_dim, values = keys + args.kv_heads * args.head_dim;
+    const auto segment = [=](u32 n) { return n < keys ? 0u : n < values ? 1u : 2u; };
+    const u32 lane = threadIdx.x % WARP;
+    gemv<T, M>(args.product, (pairs + 1) / 2, row_of, segment, [&](u32 unit, u32, u32 row, const float(&y)[GEMV_ROWS]) {
+        const u32 pair = 2 * unit + lane;
+        if (lane >= 2 || pair >= pairs) return;
+        const u32 head = pair / half, i = pair % half, position = args.position[row];
+        float a = lane ? y[1] : y[0], b = lane ? y[3] : y[2];
+        if (head < args.heads + args.kv_heads) {
+            const u64 angle = u64(position) * half + i;
+            const float c = args.cos[angle], s = args.sin[angle], x = a;
+            a = x * c - b * s;
+            b = b * c + x * s;
+        }
+        if (head < args.heads) {
+            float* to = args.queries + u64(row) * args.query_stride + head * args.head_dim + i;
+            to[0] = a;
+            to[half] = b;
+            return;
+        }
+        const u32 kv_head = (head - args.heads) % args.kv_heads, is_value = (head - args.heads) / args.kv_heads;
+        const u32 block = args.block_tables[u64(args.table[row]) * args.table_stride + position / BLOCK_SIZE];
+        KV* cache = advance(static_cast<KV*>(args.cache), args.model[row] * args.model_stride);
+        const u64 at = ((u64(block) * 2 + is_value) * args.kv_heads + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE;
+        store(cache + at * args.head_dim + i, a);
+        store(cache + at * args.head_dim + i + half, b);
+    });
+}
+
+struct ResidualArgs {
+    Product product;  // norm is null
+    float* hidden;    // (rows, hidden_stride) f32
+    u32 hidden_stride;
+};
+
+// hidden[row, n] += (x Wᵀ + b)[row, n]
+template <typename T, u32 M>
+__device__ void gemv_residual(const ResidualArgs& args) {
+    const u32 n = args.product.n, lane = threadIdx.x % WARP;
+    const auto row_of = [=](u32 unit, u32 r) { return min(unit * GEMV_ROWS + r, n - 1); };
+    const auto one = [](u32) { return 0u; };
+    gemv<T, M>(args.product, (n + 3) / 4, row_of, one, [&](u32 unit, u32, u32 row, const float(&y)[GEMV_ROWS]) {
+        const u32 at = unit * GEMV_ROWS + lane;
+        const float mine = lane == 0 ? y[0] : lane == 1 ? y[1] : lane == 2 ? y[2] : y[3];
+        if (lane < GEMV_ROWS && at < n) args.hidden[u64(row) * args.hidden_stride + at] += mine;
+    });
+}
+
+struct GateUpArgs {
+    Product product;   // W is gate, up: n = 2 · intermediate_size
+    float* activated;  // (rows, activated_stride) f32
+    u32 activated_stride;
+};
+
+// activated[row, i] = silu(g) · u with g, u = rows i and i + intermediate_size of rms_norm(x) Wᵀ + b,
+// silu(g) = g / (1 + exp(−g))
+template <typename T, u32 M>
+__device__ void gate_up(const GateUpArgs& args) {
+    const u32 size = args.product.n / 2, lane = threadIdx.x % WARP;
+    const auto row_of = [=](u32 unit, u32 r) { return min(2 * unit + r % 2, size - 1) + (r / 2) * size; };
+    const auto segment = [=](u32 n) { return n < size ? 0u : 1u; };
+    gemv<T, M>(args.product, (size + 1) / 2, row_of, segment, [&](u32 unit, u32, u32 row, const float(&y)[GEMV_ROWS]) {
+        const u32 at = 2 * unit + lane;
+        const float gate = lane ? y[1] : y[0], up = lane ? y[3] : y[2];
+        if (lane < 2 && at < size) args.activated[u64(row) * args.activated_stride + at] = gate / (1.0f + __expf(-gate)) * up;
+    });
+}
+
+struct LmHeadArgs {
+    Product product;   // rows lists the wanted ones
+    float* logits;     // (slots of all models, vocab_stride) f32
+    const u32* slot;   // (wanted,): where the logits of each wanted row go
+    u32 vocab_stride;
+};
+
+// logits[slot[i], n] = (rms_norm(x[rows[i]]) Wᵀ)[n]
+template <typename T, u32 M>
+__device__ void lm_head(const LmHeadArgs& args) {
+    const u32 n = args.product.n, lane = threadIdx.x % WARP;
+    const auto row_of = [=](u32 unit, u32 r) { return min(unit * GEMV_ROWS + r, n - 1); };
+    const auto one = [](u32) { return 0u; };
+    gemv<T, M>(args.product, (n + 3) / 4, row_of, one, [&](u32 unit, u32 index, u32, const float(&y)[GEMV_ROWS]) {
+        const u32 at = unit * GEMV_ROWS + lane;
+        const float mine = lane == 0 ? y[0] : lane == 1 ? y[1] : lane == 2 ? y[2] : y[3];
+        if (lane < GEMV_ROWS && at < n) args.logits[u64(args.slot[index]) * args.vocab_stride + at] = mine;
+    });
+}
+
+// The kernels of one dtype: an image each, so that a program loads only what its models need.
+#define PROJECTIONS_OF(T, name, KV, M)                                                                         \
+    extern "C" __global__ __launch_bounds__(256, M < 16 ? 2 : 1) void qkv_##name##_##M(const QkvArgs args) {   \
+        qkv<T, KV, M>(args);                                                                                   \
+    }                                                                                                          \
+    extern "C" __global__                                                                                      \
+    __launch_bounds__(256, M < 16 ? 2 : 1) void gemv_residual_##name##_##M(const ResidualArgs args) {          \
+        gemv_residual<T, M>(args);                                                                             \
+    }                                                                                                          \
+    extern "C" __global__                                                                                      \
+    __launch_bounds__(256, M < 16 ? 2 : 1) void gate_up_##name##_##M(const GateUpArgs args) {                  \
+        gate_up<T, M>(args);                                                                                   \
+    }                                                                                                          \
+    extern "C" __global__                                                                                      \
+    __launch_bounds__(256, M < 16 ? 2 : 1) void lm_head_##name##_##M(const LmHeadArgs args) {                  \
+        lm_head<T, M>(args);                                                                                   \
+    }
+
+#define PROJECTIONS(T, name, KV) \
+    PROJECTIONS_OF(T, name, KV, 1) PROJECTIONS_OF(T, name, KV, 4) PROJECTIONS_OF(T, name, KV, 8) PROJECTIONS_OF(T, name, KV, 16)

@@ -1,0 +1,161 @@
+#!/usr/bin/env python3
+"""Compiles kernels/*.cu to the images in kernels/ptx, and assembles them for every chip.
+
+    tools/build_kernels.py            compile what changed, write kernels/ptx and its MANIFEST
+    tools/build_kernels.py --check    fail where an image isn't what its sources give, or ptxas refuses one
+
+Needs Python 3 and nothing of CUDA: the compiler comes from PyPI (tools/requirements-kernels.txt) into --venv. No GPU.
+An image is PTX for compute_80, so that it runs on any chip since Ampere. ptxas, which turns it into machine code for
+each chip as the driver will, checks what NVRTC doesn't (inline PTX) and tells registers and spills.
+"""
+
+import argparse
+import concurrent.futures
+import ctypes
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "kernels"
+IMAGES = KERNELS / "ptx"
+MANIFEST = IMAGES / "MANIFEST"
+REQUIREMENTS = ROOT / "tools" / "requirements-kernels.txt"
+CHIPS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+
+
+def fnv1a(data: bytes) -> str:
+    """The hash that build.rs computes, too."""
+    value = 0xCBF29CE484222325
+    for byte in data:
+        value = ((value ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+    return f"{value:016x}"
+
+
+def toolchain(path: Path) -> Path:
+    """The directory of NVIDIA's packages in the virtual environment `path`, which is made if needed."""
+    python = path / "bin" / "python"
+    if not python.exists():
+        venv.create(path, with_pip=True)
+    found = sorted(path.glob("lib/python3*/site-packages/nvidia"))
+    if not (found and all((found[0] / part).is_dir() for part in ["cuda_nvrtc", "cuda_runtime", "cuda_nvcc"])):
+        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "-r", REQUIREMENTS]
+        subprocess.run(command, check=True)
+        found = sorted(path.glob("lib/python3*/site-packages/nvidia"))
+    return found[0]
+
+
+class Nvrtc:
+    """NVRTC, by its C interface."""
+
+    def __init__(self, packages: Path):
+        self.library = ctypes.CDLL(str(next((packages / "cuda_nvrtc" / "lib").glob("libnvrtc.so.*"))))
+        self.headers = packages / "cuda_runtime" / "include"
+
+    def compile(self, source: Path) -> str:
+        program = ctypes.c_void_p()
+        name = source.relative_to(ROOT).as_posix()
+        self.call("nvrtcCreateProgram", ctypes.byref(program), source.read_bytes(), name.encode(), 0, None, None)
+        options = ["--gpu-architecture=compute_80", "--std=c++17", f"-I{KERNELS}", f"-I{self.headers}"]
+        encoded = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
+        result = self.library.nvrtcCompileProgram(program, len(options), encoded)
+        log = self.text("nvrtcGetProgramLog", program)
+        if result != 0 or log.strip():
+            sys.exit(f"{name}:\n{log}")
+        ptx = self.text("nvrtcGetPTX", program)
+        self.call("nvrtcDestroyProgram", ctypes.byref(program))
+        return ptx
+
+    def text(self, function: str, program: ctypes.c_void_p) -> str:
+        size = ctypes.c_size_t()
+        self.call(f"{function}Size", program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        self.call(function, program, buffer)
+        return buffer.value.decode()
+
+    def call(self, function: str, *arguments: object) -> None:
+        result = getattr(self.library, function)(*arguments)
+        if result != 0:
+            sys.exit(f"{function}: error {result}")
+
+
+def assemble(ptxas: Path, image: Path, chip: str) -> list[dict]:
+    """Registers, memory and spills of every kernel of `image` on `chip`; exits where ptxas refuses it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        command = [ptxas, "-v", f"-arch={chip}", str(image), "-o", cubin.name]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        sys.exit(f"{image.name} for {chip}:\n{run.stderr}")
+    kernels = []
+    for block in run.stderr.split("Compiling entry function ")[1:]:
+        number = lambda pattern: int((re.search(pattern, block) or [0, 0])[1])
+        kernels.append(
+            {
+                "module": image.stem,
+                "kernel": re.match(r"'(\w+)'", block)[1],
+                "chip": chip,
+                "registers": number(r"Used (\d+) registers"),
+                "shared": number(r"(\d+) bytes smem"),
+                "stack": number(r"(\d+) bytes stack frame"),
+                "spills": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+            }
+        )
+    return kernels
+
+
+def manifest(sources: list[Path], images: dict[str, str]) -> str:
+    """A line for every file: its hash and its path."""
+    lines = [f"{fnv1a(source.read_bytes())} {source.relative_to(ROOT).as_posix()}" for source in sources]
+    lines += [f"{fnv1a(text.encode())} kernels/ptx/{name}.ptx" for name, text in sorted(images.items())]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail on any difference")
+    parser.add_argument("--venv", type=Path, default=ROOT / "target" / "kernels-venv", help="where the compiler lies")
+    parser.add_argument("--json", type=Path, help="write what ptxas says of every kernel and chip to this file")
+    parser.add_argument("--only-compile", action="store_true", help="leave ptxas out, which takes most of the time")
+    arguments = parser.parse_args()
+
+    packages = toolchain(arguments.venv)
+    nvrtc = Nvrtc(packages)
+    units = sorted(KERNELS.glob("*.cu"))
+    images = {unit.stem: nvrtc.compile(unit) for unit in units}
+    expected = {IMAGES / f"{name}.ptx": text for name, text in images.items()}
+    expected[MANIFEST] = manifest(sorted([*units, *KERNELS.glob("*.cuh")]), images)
+    if arguments.check:
+        stale = [path for path, text in expected.items() if not path.exists() or path.read_text() != text]
+        stale += [path for path in IMAGES.glob("*.ptx") if path not in expected]
+        if stale:
+            names = ", ".join(sorted(path.relative_to(ROOT).as_posix() for path in stale))
+            sys.exit(f"not what the sources give: {names}\nrun tools/build_kernels.py")
+    else:
+        IMAGES.mkdir(exist_ok=True)
+        for path in set(IMAGES.glob("*.ptx")) - set(expected):
+            path.unlink()
+        for path, text in expected.items():
+            path.write_text(text)
+
+    if arguments.only_compile:
+        return
+    ptxas = packages / "cuda_nvcc" / "bin" / "ptxas"
+    jobs = [(path, chip) for path in expected if path.suffix == ".ptx" for chip in CHIPS]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        reports = [row for rows in pool.map(lambda job: assemble(ptxas, *job), jobs) for row in rows]
+    if arguments.json:
+        arguments.json.write_text(json.dumps(reports, indent=1) + "\n")
+    for row in sorted(reports, key=lambda row: (row["module"], row["kernel"])):
+        if row["chip"] == "sm_90" or row["spills"]:
+            print("{module}: {kernel} on {chip}: {registers} registers, {shared} B shared, {spills} B spilled".format(**row))
+    spilled = sorted({row["kernel"] for row in reports if row["spills"] or row["stack"]})
+    if spilled:
+        sys.exit(f"spills or local memory in {', '.join(spilled)}")
+
+
+if __name__ == "__main__":
+    main()
