@@ -95,8 +95,8 @@ fn find(directory: &Path, extensions: &[&str]) -> Result<Vec<PathBuf>, Box<dyn E
 
 /// FNV-1a, which tools/build_kernels.py computes, too.
 fn fnv1a(bytes: &[u8]) -> String {
-    let hash = bytes
-        .iter()
-        .fold(0xCBF2_9CE4_8422_2325_u64, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3));
+    let hash = bytes.iter().fold(0xCBF2_9CE4_8422_2325_u64, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3)
+    });
     format!("{hash:016x}")
 }

@@ -7,7 +7,7 @@ constexpr u32 WARPS = 4;
 
 struct AttentionArgs {
     const float* queries;     // (rows, query_stride) f32, rotated
-    const void* cache;        // this layer of model 0: (blocks, 2, kv_heads, 16, head_dim)
+    const float* cache;       // this layer of model 0: (blocks, 2, kv_heads, 16, head_dim)
     float* partial;           // (rows, heads, splits, head_dim): Σ exp(s − m) v
     float* state;             // (rows, heads, splits, 2): m = max s, l = Σ exp(s − m)
     float* attended;          // (rows, query_stride) f32
@@ -43,27 +43,21 @@ struct State {
     }
 };
 
-// A lane's eight numbers of a key or value.
-template <typename KV>
-__device__ void load8(const KV* from, u32 d, u32 head_dim, bool exists, float (&x)[8]) {
+// A lane's eight numbers of a query, key or value.
+__device__ void load8(const float* from, u32 d, u32 head_dim, bool exists, float (&x)[8]) {
 #pragma unroll
     for (u32 i = 0; i < 8; i++) x[i] = 0;
     if (!exists || d >= head_dim) return;
     if (head_dim % 8 == 0) {
-        const uint4* words = reinterpret_cast<const uint4*>(from + d);
-        if constexpr (sizeof(KV) == 2) {
-            unpack(words[0], x, from);
-        } else {
-            const float4 low = *reinterpret_cast<const float4*>(words), high = *reinterpret_cast<const float4*>(words + 1);
-            x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-            x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-        }
+        const float4 low = *reinterpret_cast<const float4*>(from + d), high = *reinterpret_cast<const float4*>(from + d + 4);
+        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+        x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
         return;
     }
     // Heads that sixteen bytes don't divide.
 #pragma unroll
     for (u32 i = 0; i < 8; i++) {
-        if (d + i < head_dim) x[i] = to_f32(from[d + i]);
+        if (d + i < head_dim) x[i] = from[d + i];
     }
 }
 
@@ -71,10 +65,10 @@ __device__ void load8(const KV* from, u32 d, u32 head_dim, bool exists, float (&
 //
 // grid    (kv_heads · ⌈group / G⌉, splits, rows) × 128 threads; `lanes` lanes are a position, a warp has 32 / lanes
 // shared  WARPS · G · (head_dim + 2) f32
-// bytes   keys and values once for up to G query heads: 2 · positions · head_dim · size of KV
+// bytes   keys and values once for up to G query heads: 2 · positions · head_dim · 4
 // bound   memory bandwidth
 // needs   blocks of every position up to position[row]; head_dim even, at most 256
-template <typename KV, u32 G>
+template <u32 G>
 __device__ void attention(const AttentionArgs& args) {
     extern __shared__ float memory[];
     const u32 row = blockIdx.z, split = blockIdx.y;
@@ -86,7 +80,7 @@ __device__ void attention(const AttentionArgs& args) {
     const u32 head = kv_head * group + chunk * G, heads = min(G, group - chunk * G);
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const u32 at_once = WARP / args.lanes, mine = lane / args.lanes, d = lane % args.lanes * 8;
-    const KV* cache = advance(static_cast<const KV*>(args.cache), args.model[row] * args.model_stride);
+    const float* cache = advance(args.cache, args.model[row] * args.model_stride);
     const u32* blocks = args.block_tables + u64(args.table[row]) * args.table_stride;
 
     float q[G][8];
@@ -187,8 +181,7 @@ extern "C" __global__ void attention_merge(const AttentionArgs args) {
     }
 }
 
-#define ATTENTION(KV, name, G) \
-    extern "C" __global__ __launch_bounds__(128) void attention_##name##_##G(const AttentionArgs args) { attention<KV, G>(args); }
+#define ATTENTION(G) \
+    extern "C" __global__ __launch_bounds__(128) void attention_##G(const AttentionArgs args) { attention<G>(args); }
 
-ATTENTION(float, f32, 1) ATTENTION(float, f32, 2) ATTENTION(float, f32, 4) ATTENTION(float, f32, 8)
-ATTENTION(f16, f16, 1) ATTENTION(f16, f16, 2) ATTENTION(f16, f16, 4) ATTENTION(f16, f16, 8)
+ATTENTION(1) ATTENTION(2) ATTENTION(4) ATTENTION(8)

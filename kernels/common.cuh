@@ -34,12 +34,7 @@ __device__ inline float to_f32(float x) { return x; }
 __device__ inline float to_f32(f16 x) { return __half2float(x); }
 __device__ inline float to_f32(bf16 x) { return __bfloat162float(x); }
 
-__device__ inline void store(float* to, float x) { *to = x; }
-
-// Keys and values that f16 can't hold become its largest number: no infinity comes from rounding.
-__device__ inline void store(f16* to, float x) { *to = __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
-
-// Eight consecutive 16-bit numbers, or four f32, of sixteen bytes each.
+// Eight consecutive 16-bit numbers, sixteen bytes, as f32.
 __device__ inline void unpack(uint4 raw, float (&x)[8], const bf16*) {
     // A bf16 is the upper half of an f32.
     const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};

@@ -1,3 +1,3 @@
 #include "projections.cuh"
 
-PROJECTIONS(bf16, bf16, f16)
+PROJECTIONS(bf16, bf16)

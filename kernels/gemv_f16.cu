@@ -1,3 +1,3 @@
 #include "projections.cuh"
 
-PROJECTIONS(f16, f16, f16)
+PROJECTIONS(f16, f16)

@@ -1,3 +1,3 @@
 #include "projections.cuh"
 
-PROJECTIONS(float, f32, float)
+PROJECTIONS(float, f32)

@@ -12,7 +12,7 @@
 struct QkvArgs {
     Product product;           // W is queries, keys, values: n = (heads + 2 · kv_heads) · head_dim
     float* queries;            // (rows, query_stride) f32: rotated queries
-    void* cache;               // keys and values of this layer of model 0: (blocks, 2, kv_heads, 16, head_dim)
+    float* cache;              // keys and values of this layer of model 0: (blocks, 2, kv_heads, 16, head_dim)
     const float* cos;          // (positions, head_dim / 2) f32
     const float* sin;          // (positions, head_dim / 2) f32
     const u32* position;       // (rows,)
@@ -31,7 +31,7 @@ struct QkvArgs {
 // (i, i + head_dim / 2) of a head at its position; keys and values go to the cache.
 //
 // A unit is two such pairs, so that one warp has both halves of what it rotates.
-template <typename T, typename KV, u32 M>
+template <typename T, u32 M>
 __device__ void qkv(const QkvArgs& args) {
     const u32 half = args.head_dim / 2;
     const u32 pairs = (args.heads + 2 * args.kv_heads) * half;
@@ -61,10 +61,10 @@ __device__ void qkv(const QkvArgs& args) {
         }
         const u32 kv_head = (head - args.heads) % args.kv_heads, is_value = (head - args.heads) / args.kv_heads;
         const u32 block = args.block_tables[u64(args.table[row]) * args.table_stride + position / BLOCK_SIZE];
-        KV* cache = advance(static_cast<KV*>(args.cache), args.model[row] * args.model_stride);
+        float* cache = advance(args.cache, args.model[row] * args.model_stride);
         const u64 at = ((u64(block) * 2 + is_value) * args.kv_heads + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE;
-        store(cache + at * args.head_dim + i, a);
-        store(cache + at * args.head_dim + i + half, b);
+        cache[at * args.head_dim + i] = a;
+        cache[at * args.head_dim + i + half] = b;
     });
 }
 
@@ -128,9 +128,9 @@ __device__ void lm_head(const LmHeadArgs& args) {
 }
 
 // The kernels of one dtype: an image each, so that a program loads only what its models need.
-#define PROJECTIONS_OF(T, name, KV, M)                                                                         \
+#define PROJECTIONS_OF(T, name, M)                                                                         \
     extern "C" __global__ __launch_bounds__(256, M < 16 ? 2 : 1) void qkv_##name##_##M(const QkvArgs args) {   \
-        qkv<T, KV, M>(args);                                                                                   \
+        qkv<T, M>(args);                                                                                       \
     }                                                                                                          \
     extern "C" __global__                                                                                      \
     __launch_bounds__(256, M < 16 ? 2 : 1) void gemv_residual_##name##_##M(const ResidualArgs args) {          \
@@ -145,5 +145,5 @@ __device__ void lm_head(const LmHeadArgs& args) {
         lm_head<T, M>(args);                                                                                   \
     }
 
-#define PROJECTIONS(T, name, KV) \
-    PROJECTIONS_OF(T, name, KV, 1) PROJECTIONS_OF(T, name, KV, 4) PROJECTIONS_OF(T, name, KV, 8) PROJECTIONS_OF(T, name, KV, 16)
+#define PROJECTIONS(T, name) \
+    PROJECTIONS_OF(T, name, 1) PROJECTIONS_OF(T, name, 4) PROJECTIONS_OF(T, name, 8) PROJECTIONS_OF(T, name, 16)

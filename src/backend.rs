@@ -6,6 +6,7 @@
 //! `forward` left in numbered slots into decisions. Nothing above knows of threads or launches, nothing below
 //! knows of prompts.
 
+mod check;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;

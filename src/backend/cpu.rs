@@ -34,11 +34,11 @@ use pool::Pool;
 use projection::TileScratch;
 use simd::Isa;
 
+use super::check::Checker;
 use super::{Backend, Batch, ForwardTime, FuseRow, Limits};
 use crate::ensemble::Ensemble;
 use crate::error::{Error, Result};
 use crate::fusion::{Decision, Logits};
-use crate::kv_cache::BLOCK_SIZE;
 use crate::model::Role;
 
 /// One thread a core, as far as the system tells.
@@ -72,8 +72,7 @@ pub struct CpuBackend {
     logits: Lazy,
     large: Option<Group>,
     small: Option<Group>,
-    /// Which slots of `(models, slots)` a batch has named.
-    named: Vec<bool>,
+    checker: Checker,
 }
 
 /// What each thread works with: no other thread asks for it.
@@ -144,40 +143,9 @@ impl CpuBackend {
             logits: Lazy::new(&[models.len(), limits.slots, ensemble.vocab_size()], "logits")?,
             large: Group::new(&ensemble, of_role(true), limits.rows),
             small: Group::new(&ensemble, of_role(false), limits.rows),
-            named: vec![false; models.len() * limits.slots],
+            checker: Checker::default(),
             ensemble,
         })
-    }
-
-    /// Checks everything that a row indexes with.
-    fn check(&mut self, batch: &Batch<'_>) -> Result<()> {
-        self.named.fill(false);
-        for row in batch.rows {
-            let invalid = |expected: &str| Error::Parameter {
-                name: "row",
-                expected: expected.to_owned(),
-                found: format!("{row:?}"),
-            };
-            let model =
-                self.ensemble.models().get(row.model).ok_or_else(|| invalid("a model of the ensemble"))?;
-            if row.token as usize >= model.config.vocab_size {
-                return Err(invalid("a token of the model's vocabulary"));
-            }
-            let table = batch.tables.get(row.table).ok_or_else(|| invalid("a table of the batch"))?;
-            let blocks = table.blocks.get(..=row.position / BLOCK_SIZE);
-            let blocks = blocks.ok_or_else(|| invalid("a position that has a block"))?;
-            if blocks.iter().any(|&block| block as usize >= self.limits.blocks) {
-                return Err(invalid("blocks within the cache"));
-            }
-            if let Some(slot) = row.slot {
-                let named = self.named.get_mut(row.model * self.limits.slots + slot);
-                match named.filter(|_| slot < self.limits.slots) {
-                    Some(named) if !*named => *named = true,
-                    _ => return Err(invalid("a slot of its own")),
-                }
-            }
-        }
-        Ok(())
     }
 }
 
@@ -190,7 +158,7 @@ impl Backend for CpuBackend {
     /// [`Error::Parameter`] where a row names a model, table, block, token or slot that doesn't exist, or two rows
     /// the same slot: bugs of the caller that must not reach memory.
     fn forward(&mut self, batch: &Batch<'_>) -> Result<ForwardTime> {
-        self.check(batch)?;
+        self.checker.check(&self.ensemble, self.limits, batch)?;
         let mut machine = Machine {
             ensemble: &self.ensemble,
             pool: &mut self.pool,

@@ -37,7 +37,7 @@ pub struct Gpu {
 #[derive(Clone, Debug)]
 pub(crate) struct Kernel {
     function: CudaFunction,
-    symbol: &'static str,
+    symbol: Arc<str>,
 }
 
 /// How many blocks and threads run a kernel.
@@ -96,7 +96,7 @@ impl Gpu {
         }
         let context = CudaContext::new(ordinal).map_err(|error| refuse(describe(&error)))?;
         // SAFETY: no memory is allocated yet. Without tracking, the order of work is ours to keep: all that touches
-        // one buffer runs in one stream, or streams wait for each other by events (see `order`).
+        // one buffer runs in one stream, or streams wait for each other by events.
         unsafe { context.disable_event_tracking() };
         Self::inspect(ordinal, context).map_err(|error| refuse(describe(&error)))?.check_age(refuse)
     }
@@ -169,11 +169,6 @@ impl Gpu {
         self.call(|| "cuStreamSynchronize".to_owned(), || stream.synchronize())
     }
 
-    /// What is put into `later` from now on starts after all that is in `earlier` now.
-    pub(crate) fn order(&self, earlier: &CudaStream, later: &CudaStream) -> Result<()> {
-        self.call(|| "cuStreamWaitEvent".to_owned(), || later.wait(&earlier.record_event(None)?))
-    }
-
     /// A point in `stream` that can be waited for.
     pub(crate) fn record(&self, stream: &CudaStream) -> Result<CudaEvent> {
         self.call(|| "cuEventRecord".to_owned(), || stream.record_event(None))
@@ -183,7 +178,7 @@ impl Gpu {
     ///
     /// # Errors
     /// [`Error::Cuda`] where the driver doesn't take the image (with the log of its compiler), or has no such kernel.
-    pub(crate) fn kernel(&self, module: &'static str, symbol: &'static str) -> Result<Kernel> {
+    pub(crate) fn kernel(&self, module: &'static str, symbol: &str) -> Result<Kernel> {
         let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
         let loaded = match modules.get(module) {
             Some(loaded) => Arc::clone(loaded),
@@ -195,7 +190,7 @@ impl Gpu {
         };
         let operation = || format!("cuModuleGetFunction of {symbol} in {module}");
         let function = self.call(operation, || loaded.load_function(symbol))?;
-        Ok(Kernel { function, symbol })
+        Ok(Kernel { function, symbol: symbol.into() })
     }
 
     fn load(&self, module: &'static str) -> Result<Arc<CudaModule>> {
@@ -206,23 +201,6 @@ impl Gpu {
             reason: "no such image is built in".to_owned(),
         })?;
         self.call_with(operation, || self.context.load_module(Ptx::from_src(image)), || jit_log(image))
-    }
-
-    /// Lets a kernel have more than the 48 KiB of dynamic shared memory that every kernel may have.
-    pub(crate) fn allow_shared(&self, kernel: &Kernel, bytes: usize) -> Result<()> {
-        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        let value = i32::try_from(bytes).unwrap_or(i32::MAX);
-        let operation = || format!("cuFuncSetAttribute of {}: {bytes} bytes of shared memory", kernel.symbol);
-        self.call(operation, || kernel.function.set_attribute(attribute, value))
-    }
-
-    /// Blocks of `kernel` that one multiprocessor runs at once.
-    pub(crate) fn occupancy(&self, kernel: &Kernel, threads: u32, shared: usize) -> Result<usize> {
-        let operation = || format!("cuOccupancyMaxActiveBlocksPerMultiprocessor of {}", kernel.symbol);
-        let blocks = self.call(operation, || {
-            kernel.function.occupancy_max_active_blocks_per_multiprocessor(threads, shared, None)
-        })?;
-        Ok(blocks as usize)
     }
 
     /// Puts a launch of `kernel` into `stream`.
@@ -282,13 +260,6 @@ impl Gpu {
     /// The context, for what has no method of its own here.
     pub(crate) fn context(&self) -> &Arc<CudaContext> {
         &self.context
-    }
-}
-
-impl Kernel {
-    /// Its name in the image.
-    pub(crate) fn symbol(&self) -> &'static str {
-        self.symbol
     }
 }
 

@@ -56,15 +56,6 @@ impl Members {
     }
 }
 
-/// Consecutive rows of one table: what one tile of queries is cut from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Run {
-    /// The first row.
-    pub(crate) first: u32,
-    /// How many.
-    pub(crate) rows: u32,
-}
-
 /// The rows of one turn, ordered by set, model, table and position.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
@@ -88,8 +79,6 @@ pub(crate) struct Plan {
     pub(crate) wanted_first: Vec<u32>,
     /// Block tables, `(tables, table_stride)`.
     pub(crate) tables: Vec<u32>,
-    /// Consecutive rows of one table.
-    pub(crate) runs: Vec<Run>,
     /// The table of the batch and the place in the group that each row of `tables` is from.
     known: Vec<(usize, usize)>,
 }
@@ -112,10 +101,6 @@ impl Plan {
             self.set_first.resize(members.set[place] + 1, index);
             self.wanted_first.resize(members.set[place] + 1, self.wanted.len() as u32);
             let table = self.table_of(batch, row.table, place, table_stride);
-            match self.runs.last_mut() {
-                Some(run) if self.table.last() == Some(&table) => run.rows += 1,
-                _ => self.runs.push(Run { first: index, rows: 1 }),
-            }
             self.token.push(row.token);
             self.position.push(row.position as u32);
             self.table.push(table);
@@ -138,7 +123,6 @@ impl Plan {
         for numbers in [&mut self.wanted_slot, &mut self.wanted_first, &mut self.tables] {
             numbers.clear();
         }
-        self.runs.clear();
         self.known.clear();
     }
 
@@ -169,12 +153,7 @@ impl Plan {
         most(&self.wanted_first)
     }
 
-    /// Whether every table has one row: nobody reads a prompt.
-    pub(crate) fn is_decoding(&self) -> bool {
-        self.runs.len() == self.rows()
-    }
-
-    /// The next step's plan, if each row is followed by `next_token` of its own at the next position.
+    /// The last position of any row.
     pub(crate) fn last_position(&self) -> u32 {
         self.position.iter().copied().max().unwrap_or(0)
     }
@@ -194,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_stand_by_set_and_runs_by_table() {
+    fn rows_stand_by_set_and_table() {
         let members = Members {
             models: [1, 2, 3].into_iter().collect(),
             set: [0, 1, 0].into_iter().collect(),
@@ -221,9 +200,7 @@ mod tests {
         assert_eq!(plan.wanted_first, [0, 2, 3]);
         assert_eq!(plan.tables, [0, 1, 0, 20, 21, 0, 10, 11, 0]);
         assert_eq!(plan.table, [0, 0, 1, 1, 2]);
-        let run = |first, rows| Run { first, rows };
-        assert_eq!(plan.runs, [run(0, 2), run(2, 2), run(4, 1)]);
-        assert_eq!((plan.most_rows(), plan.most_wanted(), plan.is_decoding()), (4, 2, false));
+        assert_eq!((plan.most_rows(), plan.most_wanted(), plan.last_position()), (4, 2, 17));
     }
 
     #[test]

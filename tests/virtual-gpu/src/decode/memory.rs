@@ -105,10 +105,21 @@ impl Decoder<'_> {
             wide,
             order,
         };
-        if let Some(offset) = self.parameter_offset(i, mods, target, bytes * count)? {
+        if mods.take("param") {
             if store {
                 return self.error(i, "kernel parameters are read-only");
             }
+            if let Some(Operand::Address(base, offset)) = i.operands.get(target)
+                && let Operand::Reg(_) = base.as_ref()
+            {
+                let wide = self.register_is_wide(base);
+                let slot = self.operand(i, base, wide, None)?;
+                let mut inst = self.start(i, warp_values::parameter_at, Class::Memory)?;
+                (inst.a, inst.c, inst.imm, inst.ext) = (slot, u32::from(wide), *offset, self.access(access));
+                self.push(inst);
+                return Ok(());
+            }
+            let offset = self.parameter_offset(i, target, bytes * count)?;
             let mut inst = self.start(i, warp_values::parameter, Class::Memory)?;
             (inst.imm, inst.ext) = (offset, self.access(access));
             self.push(inst);
@@ -122,22 +133,13 @@ impl Decoder<'_> {
         Ok(())
     }
 
-    /// The offset of a parameter access, or None if it is none.
-    fn parameter_offset(
-        &self,
-        i: &Instruction,
-        mods: &mut Mods,
-        n: usize,
-        len: usize,
-    ) -> Decoded<Option<i64>> {
-        if !mods.take("param") {
-            return Ok(None);
-        }
+    /// The offset of an access to a parameter by its name.
+    fn parameter_offset(&self, i: &Instruction, n: usize, len: usize) -> Decoded<i64> {
         let Some(Operand::Address(base, offset)) = i.operands.get(n) else {
             return self.error(i, "expected an address");
         };
         let Operand::Symbol(name, inner) = base.as_ref() else {
-            return self.error(i, "parameters are supported at fixed offsets only");
+            return self.error(i, "expected a parameter");
         };
         let Some(param) = self.function.params.iter().find(|p| p.name == *name) else {
             return self.error(i, format!("unknown parameter `{name}`"));
@@ -146,7 +148,7 @@ impl Decoder<'_> {
         if at < 0 || at as usize + len > param.size {
             return self.error(i, format!("{len} bytes at {at} of a parameter of {} bytes", param.size));
         }
-        Ok(Some(param.offset as i64 + at))
+        Ok(param.offset as i64 + at)
     }
 
     fn access(&mut self, access: Access) -> u32 {

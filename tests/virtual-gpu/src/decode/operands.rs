@@ -114,7 +114,13 @@ impl Decoder<'_> {
             Operand::Special(name) => self.special(i, name, wide),
             Operand::Symbol(name, offset) => match self.symbols.get(name).copied() {
                 Some(symbol) => Ok(self.constant(symbol.value.wrapping_add(*offset as u64), wide)),
-                None => self.error(i, format!("unknown symbol `{name}`")),
+                // A parameter's address is where it begins among all of the kernel's.
+                None => match self.function.params.iter().find(|param| param.name == *name) {
+                    Some(param) => {
+                        Ok(self.constant((param.offset as u64).wrapping_add(*offset as u64), wide))
+                    }
+                    None => self.error(i, format!("unknown symbol `{name}`")),
+                },
             },
             other => self.error(i, format!("operand {other:?} is not a value")),
         }

@@ -1,8 +1,10 @@
 //! Values that come from the launch: special registers and parameters.
 
 use super::Machine;
-use super::address::lanes;
+use super::address::{addresses, lanes};
+use crate::exec::Fault;
 use crate::program::{Flow, Inst};
+use crate::sanitizer::Kind;
 
 const NAMES: [&str; 31] = [
     "tid.x",
@@ -120,6 +122,51 @@ pub unsafe fn parameter(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
         unsafe {
             let dst = m.slot(access.slots[e]);
             for lane in lanes(mask) {
+                if access.wide {
+                    *dst.cast::<u64>().add(lane) = value;
+                } else {
+                    *dst.add(lane) = value as u32;
+                }
+            }
+        }
+    }
+    Flow::Next
+}
+
+/// `ld.param` at the address in a register: base `a`, which is 64-bit where `c` is not 0, access `ext`, offset `imm`.
+///
+/// # Safety
+/// See [`crate::program::Handler`].
+pub unsafe fn parameter_at(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+    let access = m.kernel.accesses[i.ext as usize].clone();
+    let bytes = access.bytes as usize;
+    // SAFETY: the slot comes from the decoder, which knows its width.
+    let at = unsafe { addresses(m, i.a, i.c != 0, i.imm) };
+    for lane in lanes(mask) {
+        for (e, &slot) in access.slots.iter().enumerate().take(access.count as usize) {
+            let from = usize::try_from(at[lane]).unwrap_or(usize::MAX).saturating_add(e * bytes);
+            let mut raw = [0u8; 8];
+            match m.shape.params.get(from..from.saturating_add(bytes)) {
+                Some(part) => raw[..bytes].copy_from_slice(part),
+                None => {
+                    let text = format!(
+                        "{bytes} bytes at {from} of the kernel's {} bytes of parameters",
+                        m.shape.params.len()
+                    );
+                    return m.fail(Kind::OutOfBounds, Fault::IllegalAddress, i, lane as u32, text);
+                }
+            }
+            let mut value = u64::from_le_bytes(raw);
+            if access.signed {
+                let shift = 64 - 8 * access.bytes;
+                value = ((value << shift) as i64 >> shift) as u64;
+            }
+            if slot == crate::program::SINK {
+                continue;
+            }
+            // SAFETY: as above.
+            unsafe {
+                let dst = m.slot(slot);
                 if access.wide {
                     *dst.cast::<u64>().add(lane) = value;
                 } else {

@@ -1,0 +1,548 @@
+//! The forward pass of a group: the large model by itself, or the small one and its experts in lockstep.
+//!
+//! Six launches a layer, whatever the number of models: RMSNorm with queries, keys, values, RoPE and the cache;
+//! attention over splits of the positions; its merge; the output projection into the residual stream; RMSNorm with
+//! gate, up and SiLU; the down projection into the residual stream. `blockIdx.z` is the set of weights. Adapters add
+//! one launch before each projection.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use super::device::{Gpu, Grid};
+use super::kernels::{
+    AttentionArgs, EmbedArgs, IntoArgs, Kernels, LmHeadArgs, LoraArgs, MOST_ROWS, Product, Projections,
+    QkvArgs, SPLIT, WARPS, staging,
+};
+use super::lora::{DeviceAdapters, Stage};
+use super::memory::Buffer;
+use super::plan::{Members, Plan};
+use super::weights::{DeviceWeights, LayerLayout, stride};
+use crate::adapter::LoraAdapter;
+use crate::backend::{Batch, Limits, Row};
+use crate::config::LlamaConfig;
+use crate::ensemble::Ensemble;
+use crate::error::{Error, Result};
+use crate::kv_cache::BLOCK_SIZE;
+use crate::rope::Rope;
+use crate::weights::LlamaWeights;
+
+/// The most rows that run together: longer batches run in turns, so that activations need little memory.
+const MOST_ROWS_OF_A_TURN: usize = 512;
+
+/// Partial results of attention, in bytes: rows take turns where they would need more.
+const PARTIAL_BYTES: usize = 64 << 20;
+
+/// Where the logits of all models go.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LogitsPlace {
+    /// `(models, slots, vocab_stride)` f32
+    pub(crate) address: u64,
+    pub(crate) vocab_size: usize,
+    pub(crate) vocab_stride: usize,
+    /// Slots of a model.
+    pub(crate) slots: usize,
+}
+
+/// Models of one architecture on one GPU: weights, cache and activations.
+pub(crate) struct Group {
+    gpu: Arc<Gpu>,
+    stream: Arc<CudaStream>,
+    kernels: Kernels,
+    config: Arc<LlamaConfig>,
+    members: Members,
+    weights: DeviceWeights,
+    adapters: Option<DeviceAdapters>,
+    cache: Buffer<u8>,
+    /// Bytes of one model's cache, and of one layer of it.
+    cache_stride: (usize, usize),
+    cos: Buffer<f32>,
+    sin: Buffer<f32>,
+    buffers: Buffers,
+    plan: Plan,
+    rows: Vec<Row>,
+    /// Rows of a turn at most.
+    capacity: usize,
+    /// Positions of a sequence at most.
+    positions: usize,
+    /// Blocks of a table at most.
+    table_stride: usize,
+}
+
+/// `(rows, …)` each.
+struct Buffers {
+    /// The residual stream: hidden_size.
+    hidden: Buffer<f32>,
+    /// Rotated queries: heads · head_dim.
+    queries: Buffer<f32>,
+    /// What attention computed: heads · head_dim.
+    attended: Buffer<f32>,
+    /// silu(gate) · up: intermediate_size.
+    activated: Buffer<f32>,
+    /// A x of up to three projections.
+    low_rank: Buffer<f32>,
+    /// `(rows of a part, heads, splits, head_dim)`
+    partial: Buffer<f32>,
+    /// `(rows of a part, heads, splits, 2)`
+    state: Buffer<f32>,
+    /// Eight lists of `capacity` numbers: see [`Lists`].
+    lists: Buffer<u32>,
+    /// `(tables, table_stride)`
+    tables: Buffer<u32>,
+}
+
+/// The addresses of what a turn's rows are.
+#[derive(Clone, Copy, Debug)]
+struct Lists {
+    token: u64,
+    position: u64,
+    table: u64,
+    model: u64,
+    adapter: u64,
+    wanted: u64,
+    wanted_slot: u64,
+    set_first: u64,
+    wanted_first: u64,
+}
+
+fn u32_of(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+impl Group {
+    /// Copies `models` of `ensemble` (indices) to the GPU and reserves their memory; `None` without models.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where they don't fit, [`Error::Cuda`](crate::Error::Cuda).
+    pub(crate) fn new(
+        gpu: &Arc<Gpu>,
+        ensemble: &Ensemble,
+        models: impl Iterator<Item = usize>,
+        limits: Limits,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Option<Self>> {
+        let members = Members::new(ensemble, models);
+        let all = ensemble.models();
+        let Some(&first) = members.models.first() else { return Ok(None) };
+        let config = Arc::clone(&all[first].config);
+        let stream = gpu.stream()?;
+        let sets: Vec<&LlamaWeights> = members.owners.iter().map(|&owner| &*all[owner].weights).collect();
+        let weights = DeviceWeights::upload(gpu, &stream, &config, &sets, ensemble.vocab_size(), progress)?;
+        let lora: Vec<&LoraAdapter> =
+            members.models.iter().filter_map(|&model| all[model].adapter.as_deref()).collect();
+        let adapters = DeviceAdapters::upload(gpu, &stream, &config, &lora)?;
+
+        let dtype = weights.layout.dtype;
+        let block = 2 * config.num_key_value_heads * BLOCK_SIZE * config.head_dim * size_of::<f32>();
+        let layer_bytes = (limits.blocks * block).next_multiple_of(256);
+        let model_bytes = layer_bytes * config.num_hidden_layers;
+        let cache = gpu.zeros(&stream, model_bytes * members.models.len(), "the key-value cache")?;
+
+        let context = members.models.iter().map(|&model| ensemble.context(model)).max().unwrap_or(1);
+        let positions = (limits.blocks * BLOCK_SIZE).min(context.next_multiple_of(BLOCK_SIZE)).max(1);
+        let (cos, sin) = angles(gpu, &stream, &config, positions)?;
+        let capacity = MOST_ROWS_OF_A_TURN.min(limits.rows.saturating_mul(members.models.len())).max(1);
+        let table_stride = positions / BLOCK_SIZE + 1;
+        let rank = adapters.as_ref().map_or(0, |adapters| adapters.rank);
+        let buffers = Buffers::new(gpu, &stream, &config, (capacity, positions, table_stride, rank))?;
+        let group = config.num_attention_heads / config.num_key_value_heads.max(1);
+        Ok(Some(Self {
+            kernels: Kernels::load(gpu, dtype, group)?,
+            gpu: Arc::clone(gpu),
+            stream,
+            config,
+            members,
+            weights,
+            adapters,
+            cache,
+            cache_stride: (model_bytes, layer_bytes),
+            cos,
+            sin,
+            buffers,
+            plan: Plan::default(),
+            rows: Vec::new(),
+            capacity,
+            positions,
+            table_stride,
+        }))
+    }
+
+    /// The stream that this group runs in.
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Puts this group's rows of `batch` into its stream.
+    pub(crate) fn forward(&mut self, batch: &Batch<'_>, logits: LogitsPlace) -> Result<()> {
+        let mut rows = std::mem::take(&mut self.rows);
+        rows.clear();
+        rows.extend(batch.rows.iter().filter(|row| self.members.place(row.model).is_some()));
+        // The tables of angles end there, and so does what the model was trained for.
+        if let Some(row) = rows.iter().find(|row| row.position >= self.positions) {
+            return Err(Error::Parameter {
+                name: "row",
+                expected: format!("a position below {}", self.positions),
+                found: format!("{row:?}"),
+            });
+        }
+        if rows.len() > self.capacity {
+            // A row needs earlier positions only: turns by position have what they need in the cache, even where
+            // tables share blocks.
+            rows.sort_by_key(|row| row.position);
+        }
+        for turn in rows.chunks_mut(self.capacity) {
+            self.plan.fill(&self.members, batch, turn, logits.slots, self.table_stride);
+            self.turn(logits)?;
+        }
+        self.rows = rows;
+        Ok(())
+    }
+
+    fn turn(&mut self, logits: LogitsPlace) -> Result<()> {
+        let lists = self.upload()?;
+        self.embed(lists)?;
+        for layer in 0..self.config.num_hidden_layers {
+            self.attention(lists, layer)?;
+            self.feed_forward(lists, layer)?;
+        }
+        self.output(lists, logits)
+    }
+
+    /// Copies the plan to the GPU.
+    fn upload(&mut self) -> Result<Lists> {
+        let Self { gpu, stream, plan, buffers, capacity, .. } = self;
+        let lists = [
+            &plan.token,
+            &plan.position,
+            &plan.table,
+            &plan.model,
+            &plan.adapter,
+            &plan.wanted,
+            &plan.wanted_slot,
+            &plan.set_first,
+            &plan.wanted_first,
+        ];
+        // The lists of sets are as short as the sets are few, but may be longer than few rows.
+        let room = (*capacity).max(super::plan::MAX_GROUP + 1);
+        let mut addresses = [0; 9];
+        for (index, list) in lists.into_iter().enumerate() {
+            gpu.write(stream, &mut buffers.lists, index * room, list)?;
+            addresses[index] = buffers.lists.address() + (index * room * size_of::<u32>()) as u64;
+        }
+        gpu.write(stream, &mut buffers.tables, 0, &plan.tables)?;
+        let [token, position, table, model, adapter, wanted, wanted_slot, set_first, wanted_first] =
+            addresses;
+        Ok(Lists { token, position, table, model, adapter, wanted, wanted_slot, set_first, wanted_first })
+    }
+
+    fn embed(&self, lists: Lists) -> Result<()> {
+        let args = EmbedArgs {
+            hidden: self.buffers.hidden.address(),
+            table: self.weights.address(self.weights.layout.embed_tokens),
+            token: lists.token,
+            set_first: lists.set_first,
+            set_stride: self.weights.set_stride(),
+            stride: u32_of(stride(self.config.hidden_size)),
+        };
+        let blocks = (u32_of(self.plan.most_rows()), 1, self.sets());
+        let grid = Grid { blocks, threads: (128, 1, 1), shared: 0 };
+        // SAFETY: `hidden` has a row for each of the plan's rows, which are at most `capacity`; tokens were checked
+        // to be in the vocabulary, whose rows the table has.
+        unsafe { self.gpu.launch(&self.stream, &self.kernels.embed, grid, &args) }
+    }
+
+    /// hidden += o_proj(attention(norm(hidden)))
+    fn attention(&self, lists: Lists, layer: usize) -> Result<()> {
+        let config = &self.config;
+        let (heads, kv_heads, head_dim) =
+            (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
+        let at = &self.weights.layout.layers[layer];
+        let cache = self.cache.address() + (layer * self.cache_stride.1) as u64;
+        let outputs = (heads + 2 * kv_heads) * head_dim;
+        let normed = Input {
+            x: self.buffers.hidden.address(),
+            cols: config.hidden_size,
+            norm: Some(at.input_layernorm),
+        };
+        self.low_rank(lists, layer, Stage::Qkv, normed)?;
+        let product = self.product(lists, normed, (at.qkv, at.qkv_bias, outputs), Some((layer, Stage::Qkv)));
+        let units = ((heads + 2 * kv_heads) * head_dim / 2).div_ceil(2);
+        self.project(&self.kernels.qkv, product, units, self.plan.most_rows(), |product| QkvArgs {
+            product,
+            queries: self.buffers.queries.address(),
+            cache,
+            cos: self.cos.address(),
+            sin: self.sin.address(),
+            position: lists.position,
+            table: lists.table,
+            model: lists.model,
+            block_tables: self.buffers.tables.address(),
+            model_stride: self.cache_stride.0 as u64,
+            query_stride: u32_of(stride(heads * head_dim)),
+            table_stride: u32_of(self.table_stride),
+            heads: u32_of(heads),
+            kv_heads: u32_of(kv_heads),
+            head_dim: u32_of(head_dim),
+        })?;
+        self.attend(lists, cache)?;
+        let attended = Input { x: self.buffers.attended.address(), cols: heads * head_dim, norm: None };
+        self.add(lists, layer, Stage::O, attended, (at.o_proj, at.o_bias))
+    }
+
+    /// attended = softmax(q kᵀ / √head_dim) v, row by row.
+    fn attend(&self, lists: Lists, cache: u64) -> Result<()> {
+        let config = &self.config;
+        let (heads, kv_heads, head_dim) =
+            (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
+        let query_stride = stride(heads * head_dim);
+        let splits = self.plan.last_position() as usize / SPLIT + 1;
+        let rows_at_once = rows_of_a_part(heads, splits, head_dim);
+        let (kernel, group) = (&self.kernels.attention.0, self.kernels.attention.1);
+        let chunks = (heads / kv_heads.max(1)).div_ceil(group);
+        let shared = kernel_shared(group, head_dim);
+        for first in (0..self.plan.rows()).step_by(rows_at_once) {
+            let rows = rows_at_once.min(self.plan.rows() - first);
+            let row = |address: u64, numbers: usize| address + (first * numbers * size_of::<f32>()) as u64;
+            let args = AttentionArgs {
+                queries: row(self.buffers.queries.address(), query_stride),
+                cache,
+                partial: self.buffers.partial.address(),
+                state: self.buffers.state.address(),
+                attended: row(self.buffers.attended.address(), query_stride),
+                position: row(lists.position, 1),
+                table: row(lists.table, 1),
+                model: row(lists.model, 1),
+                block_tables: self.buffers.tables.address(),
+                model_stride: self.cache_stride.0 as u64,
+                query_stride: u32_of(query_stride),
+                table_stride: u32_of(self.table_stride),
+                heads: u32_of(heads),
+                kv_heads: u32_of(kv_heads),
+                head_dim: u32_of(head_dim),
+                splits: u32_of(splits),
+                lanes: u32_of(head_dim.div_ceil(8).next_power_of_two()),
+                scale: 1.0 / (head_dim as f32).sqrt(),
+            };
+            let blocks = (u32_of(kv_heads * chunks), u32_of(splits), u32_of(rows));
+            let grid = Grid { blocks, threads: (128, 1, 1), shared: u32_of(shared) };
+            // SAFETY: rows were checked to have blocks up to their position; partial and state hold `rows_at_once`
+            // rows of `splits` splits (see `Buffers::new`).
+            unsafe { self.gpu.launch(&self.stream, kernel, grid, &args) }?;
+            let blocks = (u32_of(heads), u32_of(rows), 1);
+            let grid = Grid { blocks, threads: (128, 1, 1), shared: 0 };
+            // SAFETY: as above.
+            unsafe { self.gpu.launch(&self.stream, &self.kernels.merge, grid, &args) }?;
+        }
+        Ok(())
+    }
+
+    /// hidden += down_proj(silu(gate_proj(x)) · up_proj(x)) with x = norm(hidden)
+    fn feed_forward(&self, lists: Lists, layer: usize) -> Result<()> {
+        let at: &LayerLayout = &self.weights.layout.layers[layer];
+        let (hidden, size) = (self.config.hidden_size, self.config.intermediate_size);
+        let normed =
+            Input { x: self.buffers.hidden.address(), cols: hidden, norm: Some(at.post_attention_layernorm) };
+        self.low_rank(lists, layer, Stage::GateUp, normed)?;
+        let product = self.product(
+            lists,
+            normed,
+            (at.gate_up, at.gate_up_bias, 2 * size),
+            Some((layer, Stage::GateUp)),
+        );
+        let to = (self.buffers.activated.address(), u32_of(stride(size)));
+        self.project(&self.kernels.gate_up, product, size.div_ceil(2), self.plan.most_rows(), |product| {
+            IntoArgs { product, to: to.0, to_stride: to.1 }
+        })?;
+        let activated = Input { x: self.buffers.activated.address(), cols: size, norm: None };
+        self.add(lists, layer, Stage::Down, activated, (at.down_proj, at.down_bias))
+    }
+
+    /// hidden += W x + b
+    fn add(
+        &self,
+        lists: Lists,
+        layer: usize,
+        stage: Stage,
+        input: Input,
+        (weights, bias): (usize, Option<usize>),
+    ) -> Result<()> {
+        let hidden = self.config.hidden_size;
+        self.low_rank(lists, layer, stage, input)?;
+        let product = self.product(lists, input, (weights, bias, hidden), Some((layer, stage)));
+        let to = (self.buffers.hidden.address(), u32_of(stride(hidden)));
+        self.project(&self.kernels.residual, product, hidden.div_ceil(4), self.plan.most_rows(), |product| {
+            IntoArgs { product, to: to.0, to_stride: to.1 }
+        })
+    }
+
+    /// The logits that are wanted, over the shared vocabulary.
+    fn output(&self, lists: Lists, logits: LogitsPlace) -> Result<()> {
+        let layout = &self.weights.layout;
+        let normed = Input {
+            x: self.buffers.hidden.address(),
+            cols: self.config.hidden_size,
+            norm: Some(layout.norm),
+        };
+        let mut product = self.product(lists, normed, (layout.lm_head, None, logits.vocab_size), None);
+        product.set_first = lists.wanted_first;
+        product.rows = lists.wanted;
+        let units = logits.vocab_size.div_ceil(4);
+        self.project(&self.kernels.lm_head, product, units, self.plan.most_wanted(), |product| LmHeadArgs {
+            product,
+            logits: logits.address,
+            slot: lists.wanted_slot,
+            vocab_stride: u32_of(logits.vocab_stride),
+        })
+    }
+
+    /// low_rank = A x of the adapters, where there are any.
+    fn low_rank(&self, lists: Lists, layer: usize, stage: Stage, input: Input) -> Result<()> {
+        let Some(adapters) = &self.adapters else { return Ok(()) };
+        let outputs = stage.projections().len() * adapters.rank;
+        let args = LoraArgs {
+            x: input.x,
+            norm: self.weights.optional(input.norm),
+            a: adapters.a(layer, stage),
+            t: self.buffers.low_rank.address(),
+            adapter: lists.adapter,
+            set_first: lists.set_first,
+            set_stride: self.weights.set_stride(),
+            lora_stride: adapters.stride(),
+            outputs: u32_of(outputs),
+            stride: u32_of(stride(input.cols)),
+            cols: u32_of(input.cols),
+            sets: self.sets(),
+            eps: self.config.rms_norm_eps,
+        };
+        let blocks = (u32_of(outputs.div_ceil(WARPS)), u32_of(self.plan.rows()), 1);
+        let grid = Grid { blocks, threads: (256, 1, 1), shared: 0 };
+        // SAFETY: `low_rank` has three parts of `rank` numbers a row, and `outputs` is at most that.
+        unsafe { self.gpu.launch(&self.stream, &self.kernels.lora, grid, &args) }
+    }
+
+    /// W x of all rows, with the adapters' part where `lora` names a stage.
+    fn product(
+        &self,
+        lists: Lists,
+        input: Input,
+        (weights, bias, n): (usize, Option<usize>, usize),
+        lora: Option<(usize, Stage)>,
+    ) -> Product {
+        let lora = lora.and_then(|(layer, stage)| Some((self.adapters.as_ref()?, layer, stage)));
+        Product {
+            x: input.x,
+            weights: self.weights.address(weights),
+            bias: self.weights.optional(bias),
+            norm: self.weights.optional(input.norm),
+            set_first: lists.set_first,
+            rows: 0,
+            lora_b: lora.map_or(0, |(adapters, layer, stage)| adapters.b(layer, stage)),
+            lora_t: self.buffers.low_rank.address(),
+            adapter: lists.adapter,
+            set_stride: self.weights.set_stride(),
+            lora_stride: lora.map_or(0, |(adapters, ..)| adapters.stride()),
+            n: u32_of(n),
+            cols: u32_of(input.cols),
+            stride: u32_of(stride(input.cols)),
+            skip: 0,
+            chunk: 0,
+            rank: lora.map_or(0, |(adapters, ..)| u32_of(adapters.rank)),
+            segments: lora.map_or(0, |(.., stage)| u32_of(stage.projections().len())),
+            eps: self.config.rms_norm_eps,
+        }
+    }
+
+    /// Launches a projection, once for each sixteen rows of a set.
+    fn project<A: cudarc::driver::DeviceRepr>(
+        &self,
+        projections: &Projections,
+        mut product: Product,
+        units: usize,
+        rows: usize,
+        args: impl Fn(Product) -> A,
+    ) -> Result<()> {
+        let tiles = units.div_ceil(WARPS);
+        for skip in (0..rows).step_by(MOST_ROWS) {
+            let (kernel, most) = projections.for_rows(rows - skip);
+            let (chunk, shared) = staging(most, product.stride as usize);
+            product.skip = u32_of(skip);
+            product.chunk = u32_of(chunk);
+            let blocks = tiles.min(2 * self.gpu.multiprocessors()).max(1);
+            let grid = Grid {
+                blocks: (u32_of(blocks), 1, self.sets()),
+                threads: (u32_of(WARPS) * 32, 1, 1),
+                shared: u32_of(shared),
+            };
+            // SAFETY: the buffers have `capacity` rows of the widths that the kernels' contracts name, and the plan
+            // has no more rows; matrices have `n` rows of `stride` columns (see `Layout`).
+            unsafe { self.gpu.launch(&self.stream, kernel, grid, &args(product)) }?;
+        }
+        Ok(())
+    }
+
+    fn sets(&self) -> u32 {
+        u32_of(self.members.owners.len())
+    }
+}
+
+/// What a projection reads: `(rows, stride of cols)`, normalised first where `norm` is where the weight lies.
+#[derive(Clone, Copy, Debug)]
+struct Input {
+    x: u64,
+    cols: usize,
+    norm: Option<usize>,
+}
+
+impl Buffers {
+    fn new(
+        gpu: &Gpu,
+        stream: &Arc<CudaStream>,
+        config: &LlamaConfig,
+        (rows, positions, table_stride, rank): (usize, usize, usize, usize),
+    ) -> Result<Self> {
+        let (heads, head_dim) = (config.num_attention_heads, config.head_dim);
+        let splits = positions.div_ceil(SPLIT);
+        // Fewer splits in a launch leave room for more rows, but never for more numbers than this.
+        let parts = rows.min(rows_of_a_part(heads, splits, head_dim)) * heads * splits;
+        let parts = parts.max(rows.min(rows_of_a_part(heads, 1, head_dim)) * heads);
+        let most = (PARTIAL_BYTES / (head_dim * size_of::<f32>())).max(parts).min(rows * heads * splits);
+        let f32s = |numbers: usize| gpu.zeros::<f32>(stream, numbers, "activations");
+        Ok(Self {
+            hidden: f32s(rows * stride(config.hidden_size))?,
+            queries: f32s(rows * stride(heads * head_dim))?,
+            attended: f32s(rows * stride(heads * head_dim))?,
+            activated: f32s(rows * stride(config.intermediate_size))?,
+            low_rank: f32s(rows * 3 * rank)?,
+            partial: f32s(most * head_dim)?,
+            state: f32s(most * 2)?,
+            lists: gpu.zeros(stream, 9 * rows.max(super::plan::MAX_GROUP + 1), "activations")?,
+            tables: gpu.zeros(stream, rows * table_stride, "block tables")?,
+        })
+    }
+}
+
+/// Rows whose partial results of `splits` splits fit [`PARTIAL_BYTES`]; at least one.
+fn rows_of_a_part(heads: usize, splits: usize, head_dim: usize) -> usize {
+    (PARTIAL_BYTES / (heads * splits * head_dim * size_of::<f32>()).max(1)).max(1)
+}
+
+/// Shared memory of a block of attention, in bytes: four warps' states of `group` heads.
+fn kernel_shared(group: usize, head_dim: usize) -> usize {
+    4 * group * (head_dim + 2) * size_of::<f32>()
+}
+
+/// cos and sin of every position, `(positions, head_dim / 2)`: the same numbers as the CPU's.
+fn angles(
+    gpu: &Gpu,
+    stream: &Arc<CudaStream>,
+    config: &LlamaConfig,
+    positions: usize,
+) -> Result<(Buffer<f32>, Buffer<f32>)> {
+    let (rope, half) = (Rope::new(config), config.head_dim / 2);
+    let mut cos = vec![0.0; positions * half];
+    let mut sin = cos.clone();
+    for (position, (cos, sin)) in cos.chunks_mut(half.max(1)).zip(sin.chunks_mut(half.max(1))).enumerate() {
+        rope.cos_sin(position, cos, sin);
+    }
+    Ok((gpu.upload(stream, &cos, "rotary angles")?, gpu.upload(stream, &sin, "rotary angles")?))
+}

@@ -1,0 +1,238 @@
+//! The kernels of a group's forward pass, and what each takes: mirrors of the structs in kernels/, field by field.
+
+use cudarc::driver::DeviceRepr;
+
+use super::device::{Gpu, Kernel};
+use crate::error::Result;
+use crate::weights::Dtype;
+
+/// Rows that one launch of a projection can compute for a set: the kernels' M.
+const ROWS: [usize; 4] = [1, 4, 8, 16];
+
+/// The most of them.
+pub(crate) const MOST_ROWS: usize = 16;
+
+/// Query heads of one key head that one block of attention computes: the kernels' G.
+const HEADS: [usize; 4] = [1, 2, 4, 8];
+
+/// Positions of a split of attention.
+pub(crate) const SPLIT: usize = 256;
+
+/// Warps of a block of a projection, and outputs of each.
+pub(crate) const WARPS: usize = 8;
+/// Outputs of a warp.
+pub(crate) const OUTPUTS: usize = 4;
+/// Columns that a warp reads at once.
+pub(crate) const PANEL: usize = 256;
+/// Numbers of a staged panel.
+const STAGED: usize = 272;
+/// Shared memory that every kernel may have, in numbers.
+const SHARED: usize = (48 << 10) / size_of::<f32>();
+
+/// `EmbedArgs` in embed.cu.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct EmbedArgs {
+    pub(crate) hidden: u64,
+    pub(crate) table: u64,
+    pub(crate) token: u64,
+    pub(crate) set_first: u64,
+    pub(crate) set_stride: u64,
+    pub(crate) stride: u32,
+}
+
+/// `Product` in gemv.cuh.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Product {
+    pub(crate) x: u64,
+    pub(crate) weights: u64,
+    pub(crate) bias: u64,
+    pub(crate) norm: u64,
+    pub(crate) set_first: u64,
+    pub(crate) rows: u64,
+    pub(crate) lora_b: u64,
+    pub(crate) lora_t: u64,
+    pub(crate) adapter: u64,
+    pub(crate) set_stride: u64,
+    pub(crate) lora_stride: u64,
+    pub(crate) n: u32,
+    pub(crate) cols: u32,
+    pub(crate) stride: u32,
+    pub(crate) skip: u32,
+    pub(crate) chunk: u32,
+    pub(crate) rank: u32,
+    pub(crate) segments: u32,
+    pub(crate) eps: f32,
+}
+
+/// `QkvArgs` in projections.cuh.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct QkvArgs {
+    pub(crate) product: Product,
+    pub(crate) queries: u64,
+    pub(crate) cache: u64,
+    pub(crate) cos: u64,
+    pub(crate) sin: u64,
+    pub(crate) position: u64,
+    pub(crate) table: u64,
+    pub(crate) model: u64,
+    pub(crate) block_tables: u64,
+    pub(crate) model_stride: u64,
+    pub(crate) query_stride: u32,
+    pub(crate) table_stride: u32,
+    pub(crate) heads: u32,
+    pub(crate) kv_heads: u32,
+    pub(crate) head_dim: u32,
+}
+
+/// `ResidualArgs` and `GateUpArgs` in projections.cuh: a product and where it goes.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct IntoArgs {
+    pub(crate) product: Product,
+    pub(crate) to: u64,
+    pub(crate) to_stride: u32,
+}
+
+/// `LmHeadArgs` in projections.cuh.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct LmHeadArgs {
+    pub(crate) product: Product,
+    pub(crate) logits: u64,
+    pub(crate) slot: u64,
+    pub(crate) vocab_stride: u32,
+}
+
+/// `AttentionArgs` in attention.cu.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct AttentionArgs {
+    pub(crate) queries: u64,
+    pub(crate) cache: u64,
+    pub(crate) partial: u64,
+    pub(crate) state: u64,
+    pub(crate) attended: u64,
+    pub(crate) position: u64,
+    pub(crate) table: u64,
+    pub(crate) model: u64,
+    pub(crate) block_tables: u64,
+    pub(crate) model_stride: u64,
+    pub(crate) query_stride: u32,
+    pub(crate) table_stride: u32,
+    pub(crate) heads: u32,
+    pub(crate) kv_heads: u32,
+    pub(crate) head_dim: u32,
+    pub(crate) splits: u32,
+    pub(crate) lanes: u32,
+    pub(crate) scale: f32,
+}
+
+/// `LoraArgs` in lora.cu.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct LoraArgs {
+    pub(crate) x: u64,
+    pub(crate) norm: u64,
+    pub(crate) a: u64,
+    pub(crate) t: u64,
+    pub(crate) adapter: u64,
+    pub(crate) set_first: u64,
+    pub(crate) set_stride: u64,
+    pub(crate) lora_stride: u64,
+    pub(crate) outputs: u32,
+    pub(crate) stride: u32,
+    pub(crate) cols: u32,
+    pub(crate) sets: u32,
+    pub(crate) eps: f32,
+}
+
+// SAFETY: plain numbers in the layout of C, which is that of the kernels' structs.
+unsafe impl DeviceRepr for EmbedArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for QkvArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for IntoArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for LmHeadArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for AttentionArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for LoraArgs {}
+
+/// One projection, for each number of rows.
+pub(crate) struct Projections([Kernel; 4]);
+
+impl Projections {
+    fn load(gpu: &Gpu, name: &str, dtype: Dtype) -> Result<Self> {
+        let module = match dtype {
+            Dtype::F32 => "gemv_f32",
+            Dtype::F16 => "gemv_f16",
+            Dtype::Bf16 => "gemv_bf16",
+        };
+        let [a, b, c, d] = ROWS.map(|rows| gpu.kernel(module, &format!("{name}_{dtype}_{rows}")));
+        Ok(Self([a?, b?, c?, d?]))
+    }
+
+    /// The kernel for `rows` rows, at most [`MOST_ROWS`], and its M.
+    pub(crate) fn for_rows(&self, rows: usize) -> (&Kernel, usize) {
+        let index = ROWS.iter().position(|&most| rows <= most).unwrap_or(ROWS.len() - 1);
+        (&self.0[index], ROWS[index])
+    }
+}
+
+/// Panels that fit shared memory at once for M rows of `stride` columns, and the shared memory of that, in bytes.
+pub(crate) fn staging(rows: usize, stride: usize) -> (usize, usize) {
+    let panels = stride.div_ceil(PANEL);
+    let fixed = rows * panels + rows + WARPS * OUTPUTS * rows;
+    let chunk = (SHARED.saturating_sub(fixed) / (rows * STAGED)).clamp(1, panels.max(1));
+    (chunk, (rows * chunk * STAGED + fixed) * size_of::<f32>())
+}
+
+/// All kernels of a forward pass for weights of one dtype.
+pub(crate) struct Kernels {
+    pub(crate) embed: Kernel,
+    pub(crate) qkv: Projections,
+    pub(crate) residual: Projections,
+    pub(crate) gate_up: Projections,
+    pub(crate) lm_head: Projections,
+    /// With the query heads of a block.
+    pub(crate) attention: (Kernel, usize),
+    pub(crate) merge: Kernel,
+    pub(crate) lora: Kernel,
+}
+
+impl Kernels {
+    /// For `group` query heads a key head.
+    pub(crate) fn load(gpu: &Gpu, dtype: Dtype, group: usize) -> Result<Self> {
+        let heads = HEADS.into_iter().find(|&heads| group <= heads).unwrap_or(HEADS[HEADS.len() - 1]);
+        Ok(Self {
+            embed: gpu.kernel("embed", &format!("embed_{dtype}"))?,
+            qkv: Projections::load(gpu, "qkv", dtype)?,
+            residual: Projections::load(gpu, "gemv_residual", dtype)?,
+            gate_up: Projections::load(gpu, "gate_up", dtype)?,
+            lm_head: Projections::load(gpu, "lm_head", dtype)?,
+            attention: (gpu.kernel("attention", &format!("attention_{heads}"))?, heads),
+            merge: gpu.kernel("attention", "attention_merge")?,
+            lora: gpu.kernel("lora", "lora_down")?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn staging_never_asks_for_more_shared_memory_than_every_kernel_may_have() {
+        for rows in ROWS {
+            for stride in [8, 256, 264, 4096, 11_008, 13_824, 28_672, 53_248] {
+                let (chunk, bytes) = staging(rows, stride);
+                assert!((1..=stride.div_ceil(PANEL)).contains(&chunk), "{rows} {stride}: {chunk}");
+                assert!(bytes <= 48 << 10, "{rows} rows of {stride}: {bytes} bytes");
+            }
+        }
+    }
+}
