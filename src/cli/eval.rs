@@ -41,14 +41,17 @@ pub(super) fn evaluate(prepared: &Prepared, args: &TaskArgs) -> Result<Summary> 
     let mut all = Vec::new();
     for ((label, rule), file) in prepared.methods.iter().zip(&mut files) {
         let rule: &FusionRule = rule;
-        let bar = if args.quiet { indicatif::ProgressBar::hidden() } else { progress_bar(prepared.indices.len())? };
+        let bar =
+            if args.quiet { indicatif::ProgressBar::hidden() } else { progress_bar(prepared.indices.len())? };
         bar.set_position(file.done() as u64);
         if file.done() < prepared.indices.len() {
             let runner = Runner { plan, rule, batch_size: args.batch_size.into() };
             let generator = prepared.generator(args, longest, requests)?;
             runner.run(generator, file.done(), |result, time| -> Result<()> {
                 if let Some(error) = &result.error {
-                    bar.suspend(|| writeln!(io::stderr(), "error: {label}: sample {}: {error}", result.index))?;
+                    bar.suspend(|| {
+                        writeln!(io::stderr(), "error: {label}: sample {}: {error}", result.index)
+                    })?;
                 }
                 bar.inc(1);
                 file.push(&result, time)

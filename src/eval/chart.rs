@@ -125,9 +125,18 @@ impl Chart {
     fn description(&self) -> String {
         let best = self.points.iter().max_by(|a, b| a.score[0].total_cmp(&b.score[0]));
         let best = best.map_or(String::new(), |best| {
-            format!("; static fusion is best at α = {} with {}", short(best.alpha), short(100.0 * best.score[0]))
+            format!(
+                "; static fusion is best at α = {} with {}",
+                short(best.alpha),
+                short(100.0 * best.score[0])
+            )
         });
-        format!("{}: {} % against α. Dynamic: {}{best}.", self.title, self.metric, short(100.0 * self.dynamic[0]))
+        format!(
+            "{}: {} % against α. Dynamic: {}{best}.",
+            self.title,
+            self.metric,
+            short(100.0 * self.dynamic[0])
+        )
     }
 }
 

@@ -65,7 +65,11 @@ fn json_lines(path: &Path, text: &str, limit: usize) -> Result<Vec<Sample>> {
 
 fn array(path: &Path, text: &str, limit: usize) -> Result<Vec<Sample>> {
     let values: Vec<Value> = serde_json::from_str(text).map_err(|error| {
-        data(path, error.line() as u64, &format!("expected an array of objects (JSON lines are .jsonl): {error}"))
+        data(
+            path,
+            error.line() as u64,
+            &format!("expected an array of objects (JSON lines are .jsonl): {error}"),
+        )
     })?;
     values.into_iter().zip(1..).take(limit).map(|(value, number)| object(path, number, value)).collect()
 }

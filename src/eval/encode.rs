@@ -87,7 +87,8 @@ impl Encoder<'_> {
         let found = self.ensemble.tokenizer(model).or_else(|| self.ensemble.tokenizer_of_any());
         found.ok_or_else(|| {
             let entry = self.ensemble.models().get(model);
-            let (role, path) = entry.map_or((Role::Large, ".".into()), |entry| (entry.role, entry.path.clone()));
+            let (role, path) =
+                entry.map_or((Role::Large, ".".into()), |entry| (entry.role, entry.path.clone()));
             Error::NoTokenizer { role, path }
         })
     }

@@ -12,8 +12,7 @@ static NUMBER: LazyLock<Regex> =
 
 /// A comma between digits, which groups thousands.
 #[allow(clippy::expect_used, reason = "a constant, compiled by every test of it")]
-static GROUPED: LazyLock<Regex> =
-    LazyLock::new(|| Regex::new(r"([0-9]),([0-9])").expect("a constant regex"));
+static GROUPED: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"([0-9]),([0-9])").expect("a constant regex"));
 
 /// How the answer is found in a text. What is found has no white space around it.
 #[derive(Clone, Debug, Default, Deserialize)]

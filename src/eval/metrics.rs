@@ -93,7 +93,8 @@ impl Metric {
         match self {
             Self::Accuracy | Self::Mc1 => chosen(logprobs),
             Self::NormalizedAccuracy => {
-                let by_byte = logprobs.iter().zip(bytes).map(|(logprob, &bytes)| logprob / bytes.max(1) as f64);
+                let by_byte =
+                    logprobs.iter().zip(bytes).map(|(logprob, &bytes)| logprob / bytes.max(1) as f64);
                 chosen(&by_byte.collect::<Vec<_>>())
             }
             Self::Mc2 => {
@@ -173,7 +174,11 @@ mod tests {
         assert_eq!(Metric::NormalizedAccuracy.of_choices(&logprobs, &bytes, &[true, false]), 0.0);
         assert_eq!(Metric::NormalizedAccuracy.of_choices(&logprobs, &bytes, &[false, true]), 1.0);
         let infinite = [f64::NEG_INFINITY; 2];
-        assert_eq!(Metric::Accuracy.of_choices(&infinite, &bytes, &[true, false]), 1.0, "the first of equals");
+        assert_eq!(
+            Metric::Accuracy.of_choices(&infinite, &bytes, &[true, false]),
+            1.0,
+            "the first of equals"
+        );
     }
 
     #[test]

@@ -55,8 +55,8 @@ const STEP_THREE: [Rule; 7] = [
 ];
 
 const STEP_FOUR: [&str; 19] = [
-    "al", "ance", "ence", "er", "ic", "able", "ible", "ant", "ement", "ment", "ent", "ion", "ou", "ism", "ate",
-    "iti", "ous", "ive", "ize",
+    "al", "ance", "ence", "er", "ic", "able", "ible", "ant", "ement", "ment", "ent", "ion", "ou", "ism",
+    "ate", "iti", "ous", "ive", "ize",
 ];
 
 /// The stem of a word of lower-case ASCII letters and digits; other words are given back as they are.
@@ -124,8 +124,7 @@ fn apply(word: String, rules: &[Rule], condition: impl Fn(&str) -> bool) -> Stri
 
 /// Step 1a.
 fn plural(word: &str) -> String {
-    let rules: &[Rule] =
-        if word.len() == 4 { &[("ies", "ie")] } else { &[] };
+    let rules: &[Rule] = if word.len() == 4 { &[("ies", "ie")] } else { &[] };
     let rules = [rules, &[("sses", "ss"), ("ies", "i"), ("ss", "ss"), ("s", "")]].concat();
     apply(word.to_owned(), &rules, |_| true)
 }
@@ -138,7 +137,8 @@ fn past_and_participle(word: String) -> String {
     if let Some(stem) = word.strip_suffix("eed") {
         return if measure(stem) > 0 { format!("{stem}ee") } else { word };
     }
-    let stem = ["ed", "ing"].into_iter().find_map(|suffix| word.strip_suffix(suffix).filter(|s| has_vowel(s)));
+    let stem =
+        ["ed", "ing"].into_iter().find_map(|suffix| word.strip_suffix(suffix).filter(|s| has_vowel(s)));
     let Some(stem) = stem else { return word };
     if ["at", "bl", "iz"].into_iter().any(|end| stem.ends_with(end)) {
         return format!("{stem}e");
@@ -174,7 +174,8 @@ fn step_two(word: String) -> String {
 }
 
 fn step_four(word: String) -> String {
-    let Some((suffix, stem)) = STEP_FOUR.iter().find_map(|suffix| Some((*suffix, word.strip_suffix(suffix)?)))
+    let Some((suffix, stem)) =
+        STEP_FOUR.iter().find_map(|suffix| Some((*suffix, word.strip_suffix(suffix)?)))
     else {
         return word;
     };

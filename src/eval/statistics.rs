@@ -46,7 +46,8 @@ pub fn bootstrap(values: &[f64]) -> Interval {
     };
     let mut means: Vec<f64> = (0..RESAMPLES).map(|_| resample()).collect();
     means.sort_by(f64::total_cmp);
-    let at = |share: f64| means.get((share * (RESAMPLES - 1) as f64).round() as usize).copied().unwrap_or(0.0);
+    let at =
+        |share: f64| means.get((share * (RESAMPLES - 1) as f64).round() as usize).copied().unwrap_or(0.0);
     Interval { low: at(0.025), high: at(0.975), method: "bootstrap" }
 }
 
@@ -75,7 +76,10 @@ mod tests {
     fn wilson_by_the_formula() {
         // By hand for 8 of 10, z² = 3.8415: centre (0.8 + 0.19207)/1.38415, half 1.95996·√(0.016 + 0.0096036)/1.38415.
         let interval = wilson(8.0, 10);
-        assert!((interval.low - 0.4901).abs() < 1e-4 && (interval.high - 0.9433).abs() < 1e-4, "{interval:?}");
+        assert!(
+            (interval.low - 0.4901).abs() < 1e-4 && (interval.high - 0.9433).abs() < 1e-4,
+            "{interval:?}"
+        );
         let none = wilson(0.0, 400);
         assert!(none.low == 0.0 && (none.high - 0.00951).abs() < 1e-5, "{none:?}");
     }

@@ -73,7 +73,8 @@ impl Summary {
                 let first = methods.first().filter(|_| place > 0);
                 let difference = first.map(|first| {
                     let pairs = method.samples.iter();
-                    let pairs = pairs.filter_map(|(index, s)| Some(value(s) - value(first.samples.get(index)?)));
+                    let pairs =
+                        pairs.filter_map(|(index, s)| Some(value(s) - value(first.samples.get(index)?)));
                     let differences: Vec<f64> = pairs.collect();
                     (mean(&differences), bootstrap(&differences))
                 });
@@ -102,8 +103,18 @@ impl Summary {
     pub fn table(&self) -> String {
         let several = self.rows.iter().any(|row| row.metric != self.rows[0].metric);
         let mut lines = vec![
-            ["method", "metric", "n", "score %", "95 % interval", "to the first", "its 95 % interval", "s/sample", "mean α"]
-                .map(str::to_owned),
+            [
+                "method",
+                "metric",
+                "n",
+                "score %",
+                "95 % interval",
+                "to the first",
+                "its 95 % interval",
+                "s/sample",
+                "mean α",
+            ]
+            .map(str::to_owned),
         ];
         let percent = |x: f64| format!("{:.1}", 100.0 * x);
         let span = |i: &Interval| format!("{} to {}", percent(i.low), percent(i.high));

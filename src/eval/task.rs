@@ -173,10 +173,17 @@ impl Task {
     /// [`Error::Task`] where it is malformed: unknown or missing fields, broken templates, metrics of another kind.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
         let failed = |reason: String| Error::Task { path: path.to_owned(), reason };
-        let mut file: File = toml::from_str(text.strip_prefix('\u{feff}').unwrap_or(text)).map_err(|error| {
-            let line = error.span().map(|span| 1 + text.as_bytes()[..span.start.min(text.len())].iter().filter(|&&b| b == b'\n').count());
-            failed(line.map_or(error.message().to_owned(), |line| format!("line {line}: {}", error.message())))
-        })?;
+        let mut file: File =
+            toml::from_str(text.strip_prefix('\u{feff}').unwrap_or(text)).map_err(|error| {
+                let line = error.span().map(|span| {
+                    1 + text.as_bytes()[..span.start.min(text.len())].iter().filter(|&&b| b == b'\n').count()
+                });
+                failed(
+                    line.map_or(error.message().to_owned(), |line| {
+                        format!("line {line}: {}", error.message())
+                    }),
+                )
+            })?;
         let kind = match (file.generate.take(), file.choice.take()) {
             (Some(generate), None) => Kind::Generate(generate),
             (None, Some(choice)) => Kind::Choice(choice),
@@ -290,9 +297,10 @@ impl Task {
         let list = self.eval(path, "choices", &choice.choices, sample)?;
         let texts: Option<Vec<String>> =
             list.as_array().and_then(|list| list.iter().map(plain_text).collect());
-        let texts = texts
-            .filter(|texts| !texts.is_empty())
-            .ok_or_else(|| failed("choices: expected a list of texts that isn't empty"))?;
+        let texts = texts.filter(|texts| !texts.is_empty()).ok_or_else(|| {
+            let found = crate::json::show(&list);
+            failed(&format!("choices: expected a list of texts that isn't empty, found {found}"))
+        })?;
         let right = match (&choice.answer, &choice.labels) {
             (Some(answer), _) => {
                 let answer = self.eval(path, "answer", answer, sample)?;
@@ -354,7 +362,9 @@ fn check(file: &File, kind: &Kind) -> Result<(), String> {
         return Err(format!("`name`: expected letters, digits, _, - and ., found {:?}", file.name));
     }
     let Some(first) = file.metrics.first() else { return Err("`metrics`: none".to_owned()) };
-    if let Some(twice) = file.metrics.iter().enumerate().find(|(k, metric)| file.metrics[..*k].contains(metric)) {
+    if let Some(twice) =
+        file.metrics.iter().enumerate().find(|(k, metric)| file.metrics[..*k].contains(metric))
+    {
         return Err(format!("`metrics`: {} is there twice", twice.1.name()));
     }
     let of_choices = matches!(kind, Kind::Choice(_));
@@ -439,9 +449,10 @@ fn label(value: &serde_json::Value) -> Option<bool> {
 /// A number is an index; a text is a letter, or else one of the choices.
 fn right_choice(answer: &serde_json::Value, choices: &[String]) -> Option<usize> {
     match answer {
-        serde_json::Value::Number(number) => {
-            number.as_u64().and_then(|index| usize::try_from(index).ok()).filter(|&index| index < choices.len())
-        }
+        serde_json::Value::Number(number) => number
+            .as_u64()
+            .and_then(|index| usize::try_from(index).ok())
+            .filter(|&index| index < choices.len()),
         serde_json::Value::String(text) => {
             let text = text.trim();
             let letter = if text.len() == 1 { LETTERS.find(text) } else { None };

@@ -38,8 +38,11 @@ impl Templates {
 
     /// The value of an expression, as JSON.
     pub(super) fn eval(&self, expression: &str, fields: &Value) -> Result<serde_json::Value, String> {
-        let value =
-            self.0.compile_expression(expression).and_then(|compiled| compiled.eval(fields.clone())).map_err(describe)?;
+        let value = self
+            .0
+            .compile_expression(expression)
+            .and_then(|compiled| compiled.eval(fields.clone()))
+            .map_err(describe)?;
         if value.is_undefined() {
             return Err("there is no such field".to_owned());
         }

@@ -23,7 +23,13 @@ pub(crate) struct EvalArgs {
           value_parser = eval_method, help_heading = "Fusion")]
     pub(crate) method: Vec<EvalMethod>,
     /// α of the static method: one for all experts or one for each [default: 1].
-    #[arg(long, value_name = "A[,A…]", value_delimiter = ',', allow_hyphen_values = true, help_heading = "Fusion")]
+    #[arg(
+        long,
+        value_name = "A[,A…]",
+        value_delimiter = ',',
+        allow_hyphen_values = true,
+        help_heading = "Fusion"
+    )]
     pub(crate) alpha: Vec<f64>,
     #[command(flatten)]
     pub(crate) dynamic: DynamicArgs,

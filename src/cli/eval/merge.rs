@@ -17,7 +17,10 @@ pub(super) fn run(args: &MergeArgs) -> Result<ExitCode> {
     let strings = |field: &str, key: Option<&str>| -> Result<Vec<String>> {
         let list = info[field].as_array().with_context(|| format!("run.json: no list of `{field}`"))?;
         let text = |value: &Value| key.map_or(value, |key| &value[key]).as_str().map(str::to_owned);
-        list.iter().map(text).collect::<Option<_>>().with_context(|| format!("run.json: `{field}` is malformed"))
+        list.iter()
+            .map(text)
+            .collect::<Option<_>>()
+            .with_context(|| format!("run.json: `{field}` is malformed"))
     };
     let (labels, names) = (strings("methods", Some("method"))?, strings("metrics", None)?);
     let metrics = names.iter().map(|name| metric(name)).collect::<Result<Vec<_>>>()?;
@@ -44,7 +47,8 @@ pub(super) fn run(args: &MergeArgs) -> Result<ExitCode> {
             scores.samples.insert(index, shard.scores[place].1.clone());
             if let Some(line) = shard.seconds.get(place) {
                 seconds.push(line.as_str());
-                let time: Value = serde_json::from_str(line).with_context(|| format!("seconds of {label}"))?;
+                let time: Value =
+                    serde_json::from_str(line).with_context(|| format!("seconds of {label}"))?;
                 scores.seconds.extend(time["seconds"].as_f64());
             }
         }
@@ -69,7 +73,12 @@ fn shards(dirs: &[PathBuf]) -> Result<(Vec<&Path>, Value)> {
         };
         if let Some(common) = &common {
             check_same(dir, &info, common, &["shard"])?;
-            ensure!(n == found.len(), "{}: shard {i} of {n}, and others are of {}", dir.display(), found.len());
+            ensure!(
+                n == found.len(),
+                "{}: shard {i} of {n}, and others are of {}",
+                dir.display(),
+                found.len()
+            );
         } else {
             // No shard is empty: that bounds N.
             let samples = info["samples"].as_u64().unwrap_or(0) as usize;
@@ -87,7 +96,14 @@ fn shards(dirs: &[PathBuf]) -> Result<(Vec<&Path>, Value)> {
     Ok((all.collect::<Result<_>>()?, common.context("no shards")?))
 }
 
-fn check_whole(dir: &Path, label: &str, lines: &Lines, shard: usize, shards: usize, samples: usize) -> Result<()> {
+fn check_whole(
+    dir: &Path,
+    label: &str,
+    lines: &Lines,
+    shard: usize,
+    shards: usize,
+    samples: usize,
+) -> Result<()> {
     let wanted = (shard..samples).step_by(shards);
     ensure!(
         lines.scores.len() == wanted.clone().count(),
@@ -107,5 +123,6 @@ fn check_whole(dir: &Path, label: &str, lines: &Lines, shard: usize, shards: usi
 
 /// A metric by the name that run.json has.
 fn metric(name: &str) -> Result<Metric> {
-    serde_json::from_value(Value::from(name)).with_context(|| format!("run.json: there is no metric {name:?}"))
+    serde_json::from_value(Value::from(name))
+        .with_context(|| format!("run.json: there is no metric {name:?}"))
 }

@@ -63,7 +63,10 @@ impl Prepared {
         rule: impl Fn(&EvalMethod, &Ensemble) -> Result<FusionRule>,
     ) -> Result<Self> {
         let task = Task::load(args.task.as_deref().context("give --task")?)?;
-        check_distinct(&[("--data", args.data.as_deref()), ("--fewshot-data", args.fewshot_data.as_deref())])?;
+        check_distinct(&[
+            ("--data", args.data.as_deref()),
+            ("--fewshot-data", args.fewshot_data.as_deref()),
+        ])?;
         let limit = args.limit.map(|limit| limit as usize);
         let demo = DEMO.iter().find(|(name, _)| args.task.as_deref() == Some(*name));
         let data = match (&args.data, demo) {
@@ -78,7 +81,9 @@ impl Prepared {
         let indices: Vec<usize> = (0..data.samples.len()).skip(first - 1).step_by(step).collect();
         ensure!(!indices.is_empty(), "--shard {first}/{step}: there are only {} samples", data.samples.len());
         let alone = match methods {
-            [first, rest @ ..] if rest.iter().all(|other| other.method == first.method) => first.method.clone(),
+            [first, rest @ ..] if rest.iter().all(|other| other.method == first.method) => {
+                first.method.clone()
+            }
             _ => Method::Dynamic,
         };
         let ensemble = Arc::new(models.load(&alone)?);
@@ -93,7 +98,8 @@ impl Prepared {
             rules.push((method.label.clone(), rule));
         }
         let templates = ensemble.models().len();
-        if args.chat && !(0..templates).any(|m| ensemble.tokenizer(m).is_some_and(|t| t.has_chat_template())) {
+        if args.chat && !(0..templates).any(|m| ensemble.tokenizer(m).is_some_and(|t| t.has_chat_template()))
+        {
             bail!("--chat: none of the models has a chat template");
         }
         let sampling =
@@ -160,7 +166,9 @@ fn shots(args: &TaskArgs, task: &Task) -> Result<(Vec<Sample>, Option<u64>)> {
     match (args.num_fewshot, &args.fewshot_data) {
         (0, None) => Ok((Vec::new(), None)),
         (0, Some(_)) => bail!("--fewshot-data: give --num-fewshot K, too"),
-        (count, None) => bail!("--num-fewshot {count}: give --fewshot-data FILE, which isn't that of the samples"),
+        (count, None) => {
+            bail!("--num-fewshot {count}: give --fewshot-data FILE, which isn't that of the samples")
+        }
         (count, Some(path)) => {
             let file = DataFile::read(path, task, Some(count))?;
             ensure!(

@@ -61,9 +61,20 @@ impl Store {
     }
 
     /// The files of all methods, with what they hold already.
-    pub(super) fn methods(&self, labels: &[&str], indices: &[usize], metrics: &[Metric]) -> Result<Vec<MethodFile>> {
-        if let Some(twice) = labels.iter().enumerate().find(|(k, l)| labels[..*k].iter().any(|o| stem(o) == stem(l))) {
-            bail!("--method {}: another one's results would have the same name, {}.jsonl", twice.1, stem(twice.1));
+    pub(super) fn methods(
+        &self,
+        labels: &[&str],
+        indices: &[usize],
+        metrics: &[Metric],
+    ) -> Result<Vec<MethodFile>> {
+        if let Some(twice) =
+            labels.iter().enumerate().find(|(k, l)| labels[..*k].iter().any(|o| stem(o) == stem(l)))
+        {
+            bail!(
+                "--method {}: another one's results would have the same name, {}.jsonl",
+                twice.1,
+                stem(twice.1)
+            );
         }
         let names: Vec<String> = metrics.iter().map(|metric| metric.name().to_owned()).collect();
         labels.iter().map(|label| self.method(label, indices, &names)).collect()
@@ -79,7 +90,10 @@ impl Store {
         }
         let (results, done) = JsonLines::resume(&path, |number, line| {
             let kept = Kept::deserialize(line)?;
-            ensure!(indices.get(number) == Some(&kept.index), "this is not the result of sample {number} of the run");
+            ensure!(
+                indices.get(number) == Some(&kept.index),
+                "this is not the result of sample {number} of the run"
+            );
             scores.samples.insert(kept.index, kept.scores(metrics)?);
             Ok(true)
         })?;
@@ -93,7 +107,9 @@ impl Store {
     }
 
     pub(super) fn write_summary(&self, summary: &Summary) -> Result<()> {
-        self.dir.as_ref().map_or(Ok(()), |dir| write_json(&dir.join(SUMMARY), &serde_json::to_value(summary)?))
+        self.dir
+            .as_ref()
+            .map_or(Ok(()), |dir| write_json(&dir.join(SUMMARY), &serde_json::to_value(summary)?))
     }
 }
 
