@@ -207,7 +207,7 @@ fn what_a_newcomer_mistypes_is_named() {
     fails(&["eval", "--task", "sums", "--shard", "0/2"], 2, "I from 1 to N");
     fails(&["eval", "--task", "sums", "--resume"], 2, "--output");
     fails(&["eval", "--task", "sums", "--num-fewshot", "2"], 1, "give --fewshot-data");
-    fails(&["eval", "--task", "sums", "--temperature", "-1"], 1, "temperature");
+    fails(&["eval", "--task", "sums", "--temperature=-1"], 1, "temperature");
     fails(&["sweep", "--task", "sums", "--alpha", "0:2"], 2, "START:STOP:STEP");
 }
 
