@@ -217,6 +217,21 @@ fn a_sample_that_lacks_a_field_is_named_with_its_line() {
 }
 
 #[test]
+fn the_task_file_of_the_documentation_works() {
+    let text =
+        include_str!("../docs/evaluation.md").split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
+    let task = task(text);
+    let fields = json!({"country": "France", "capital": "Paris", "aliases": ["Lutetia"]});
+    let prompt = task.prompt(Path::new(HERE), &sample(fields.clone()), &[]).unwrap();
+    assert_eq!(prompt.text, "Question: What is the capital of France?\nAnswer:");
+    assert_eq!(
+        prompt.own[0],
+        ("expert".to_owned(), "[INST] What is the capital of France? [/INST]".to_owned())
+    );
+    assert_eq!(item(&task, fields), Item::References(vec!["Paris".to_owned(), "Lutetia".to_owned()]));
+}
+
+#[test]
 fn examples_stand_in_front_with_their_answers() {
     let task = task(&format!(
         "{GENERATE}target = \" = {{{{ a }}}}\"\npreamble = \"Go.\\n\"\nseparator = \"; \"\n{TABLE}"

@@ -121,7 +121,7 @@ impl Plan<'_> {
         }
         let (mut longest, mut most) = (1, 1);
         for &index in self.indices {
-            let Some((prompt, item)) = self.read(index)? else { continue };
+            let (prompt, item) = self.read(index)?;
             let requests = self.requests(&prompt, &item, &FusionRule::Large)?;
             most = most.max(requests.len());
             for request in requests {
@@ -133,10 +133,14 @@ impl Plan<'_> {
     }
 
     /// Prompt and question of a sample.
-    fn read(&self, index: usize) -> Result<Option<(Prompt, Item)>> {
-        let Some(sample) = self.samples.get(index) else { return Ok(None) };
+    fn read(&self, index: usize) -> Result<(Prompt, Item)> {
+        let sample = self.samples.get(index).ok_or_else(|| Error::Parameter {
+            name: "indices",
+            expected: format!("places in {} samples", self.samples.len()),
+            found: index.to_string(),
+        })?;
         let prompt = self.task.prompt(self.path, sample, self.shots)?;
-        Ok(Some((prompt, self.task.item(self.path, sample)?)))
+        Ok((prompt, self.task.item(self.path, sample)?))
     }
 
     /// One request for a text, or one for each choice.
@@ -190,7 +194,7 @@ impl Runner<'_> {
             while owners.len() < 2 * self.batch_size.max(1)
                 && let Some((place, index)) = todo.next_if(|(place, _)| *place < turn + window)
             {
-                let Some((prompt, item)) = self.plan.read(index)? else { continue };
+                let (prompt, item) = self.plan.read(index)?;
                 let mut sample = Running::new(index, item);
                 let requests = self.plan.requests(&prompt, &sample.item, self.rule)?;
                 sample.open = requests.len();
