@@ -10,7 +10,7 @@ pub enum Metric {
     /// The extracted answer is one of the references, to the letter.
     #[serde(rename = "exact_match")]
     ExactMatch,
-    /// The same after [`normalize`] on both sides: case, punctuation and articles don't count.
+    /// The same in TriviaQA's normal form: case, punctuation and articles don't count.
     #[serde(rename = "normalized_exact_match")]
     NormalizedExactMatch,
     /// ROUGE-1 F1; the best of the references, as for the other two.

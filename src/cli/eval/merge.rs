@@ -1,5 +1,6 @@
 //! `dlf-engine eval merge`.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -62,8 +63,8 @@ pub(super) fn run(args: &MergeArgs) -> Result<ExitCode> {
 
 /// The directories in the order of their shards, and what their runs have in common.
 fn shards(dirs: &[PathBuf]) -> Result<(Vec<&Path>, Value)> {
-    let mut found: Vec<Option<&Path>> = Vec::new();
-    let mut common: Option<Value> = None;
+    let mut found: BTreeMap<usize, &Path> = BTreeMap::new();
+    let mut common: Option<(Value, usize)> = None;
     for dir in dirs {
         let info = read_info(dir)?;
         let shard = info["shard"].as_str().and_then(|text| text.split_once('/'));
@@ -71,29 +72,20 @@ fn shards(dirs: &[PathBuf]) -> Result<(Vec<&Path>, Value)> {
         let Some((i, n)) = shard.filter(|(i, n)| (1..=*n).contains(i)) else {
             bail!("{}: not the result of a --shard", dir.display());
         };
-        if let Some(common) = &common {
+        if let Some((common, shards)) = &common {
             check_same(dir, &info, common, &["shard"])?;
-            ensure!(
-                n == found.len(),
-                "{}: shard {i} of {n}, and others are of {}",
-                dir.display(),
-                found.len()
-            );
-        } else {
-            // No shard is empty: that bounds N.
-            let samples = info["samples"].as_u64().unwrap_or(0) as usize;
-            ensure!(n <= samples, "{}: {n} shards of {samples} samples", dir.display());
-            found = vec![None; n];
+            ensure!(n == *shards, "{}: shard {i} of {n}, and others are of {shards}", dir.display());
         }
-        if let Some(other) = found[i - 1].replace(dir) {
+        if let Some(other) = found.insert(i, dir) {
             bail!("shard {i}/{n} is there twice: {} and {}", other.display(), dir.display());
         }
-        common.get_or_insert(info);
+        common.get_or_insert((info, n));
     }
-    let count = found.len();
-    let all = found.iter().enumerate();
-    let all = all.map(|(k, dir)| dir.with_context(|| format!("shard {}/{count} is missing", k + 1)));
-    Ok((all.collect::<Result<_>>()?, common.context("no shards")?))
+    let (info, shards) = common.context("no shards")?;
+    if let Some(missing) = (1..=shards).find(|i| !found.contains_key(i)) {
+        bail!("shard {missing}/{shards} is missing");
+    }
+    Ok((found.into_values().collect(), info))
 }
 
 fn check_whole(
