@@ -32,7 +32,10 @@ pub fn wilson(hits: f64, count: usize) -> Interval {
     }
     let center = (p + z2 / (2.0 * n)) / (1.0 + z2 / n);
     let half = Z * (p * (1.0 - p) / n + z2 / (4.0 * n * n)).sqrt() / (1.0 + z2 / n);
-    Interval { low: (center - half).max(0.0), high: (center + half).min(1.0), method: "wilson" }
+    // Of none right and of all right one end is exact; rounding must not move it.
+    let low = if hits > 0.0 { (center - half).max(0.0) } else { 0.0 };
+    let high = if hits < n { (center + half).min(1.0) } else { 1.0 };
+    Interval { low, high, method: "wilson" }
 }
 
 /// The percentile bootstrap of a mean: 4000 resamples with a fixed seed, so that the same values give the same
