@@ -2,6 +2,7 @@
 
 mod args;
 mod color;
+mod eval;
 mod generate;
 mod input;
 mod inspect;
@@ -9,6 +10,7 @@ mod output;
 mod record;
 mod score;
 mod setup;
+mod sweep;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -36,6 +38,8 @@ pub fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Sweep(args) => sweep::run(args),
         Command::Completions { shell } => completions(*shell),
     };
     match result {

@@ -84,6 +84,24 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// A file that describes a task of an evaluation can't be used.
+    #[error("{}: {reason}", path.display())]
+    Task {
+        /// The file, or the name of a built-in task.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A sample of an evaluation can't be used.
+    #[error("{}:{line}: {reason}", path.display())]
+    Data {
+        /// The file.
+        path: PathBuf,
+        /// The line, counted from 1.
+        line: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Two models can't form an ensemble.
     #[error("the {left} and {right} models differ in {what}: {expected} and {found}")]
     Mismatch {

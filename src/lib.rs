@@ -22,6 +22,8 @@ pub mod config;
 mod demo;
 mod ensemble;
 mod error;
+#[cfg(feature = "eval")]
+pub mod eval;
 pub mod fusion;
 pub mod generate;
 mod json;

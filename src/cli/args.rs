@@ -23,6 +23,10 @@ pub(crate) enum Command {
     Score(ScoreArgs),
     /// What models are, their memory, and whether they can form an ensemble.
     Inspect(InspectArgs),
+    /// Score methods on a task: gsm8k, triviaqa, cnn_dailymail, truthfulqa_mc, mmlu, … or a task file.
+    Eval(super::eval::EvalArgs),
+    /// Score static fusion over a range of α beside the dynamic rule, and draw it.
+    Sweep(super::sweep::SweepArgs),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -64,6 +68,14 @@ pub(crate) struct FusionArgs {
     /// α of the static method: one for all experts or one for each [default: 1].
     #[arg(long, value_name = "A[,A…]", value_delimiter = ',', allow_hyphen_values = true)]
     pub(crate) alpha: Vec<f64>,
+    #[command(flatten)]
+    pub(crate) dynamic: DynamicArgs,
+}
+
+/// How the dynamic method searches.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Fusion")]
+pub(crate) struct DynamicArgs {
     /// Candidates of the dynamic method, at most 32: one grid for all experts or one for each
     /// [default: 0:2:0.1, the twenty candidates 0.0, 0.1, … 1.9].
     #[arg(long, value_name = "START:STOP:STEP[:inclusive]", value_delimiter = ',', value_parser = grid,
@@ -248,7 +260,7 @@ pub(crate) struct InspectArgs {
     pub(crate) json: bool,
 }
 
-fn method(text: &str) -> Result<Method, String> {
+pub(crate) fn method(text: &str) -> Result<Method, String> {
     match text.split_once(':') {
         None => match text {
             "dynamic" => Ok(Method::Dynamic),
@@ -263,7 +275,7 @@ fn method(text: &str) -> Result<Method, String> {
     }
 }
 
-fn grid(text: &str) -> Result<AlphaGrid, String> {
+pub(crate) fn grid(text: &str) -> Result<AlphaGrid, String> {
     let (numbers, inclusive) = match text.strip_suffix(":inclusive") {
         Some(numbers) => (numbers, true),
         None => (text, false),

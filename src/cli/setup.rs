@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
-use super::args::{FusionArgs, Method, ModelArgs, RunArgs, SamplingArgs};
+use super::args::{DynamicArgs, FusionArgs, Method, ModelArgs, RunArgs, SamplingArgs};
 use crate::backend::{BackendOptions, Limits};
 use crate::ensemble::{Ensemble, EnsembleSpec, ExpertSpec};
 use crate::fusion::{DynamicRule, FusionRule, PerExpert};
@@ -61,7 +61,14 @@ fn expert(text: &str) -> ExpertSpec {
 impl FusionArgs {
     /// The rule for an ensemble.
     pub(crate) fn rule(&self, ensemble: &Ensemble) -> Result<FusionRule> {
-        let rule = match &self.method {
+        self.dynamic.rule(&self.method, &self.alpha, ensemble)
+    }
+}
+
+impl DynamicArgs {
+    /// The rule of a method for an ensemble; `alpha` is the static one's.
+    pub(crate) fn rule(&self, method: &Method, alpha: &[f64], ensemble: &Ensemble) -> Result<FusionRule> {
+        let rule = match method {
             Method::Dynamic => {
                 let mut rule = DynamicRule {
                     mode: self.search.into(),
@@ -74,8 +81,8 @@ impl FusionArgs {
                 }
                 FusionRule::Dynamic(rule)
             }
-            Method::Static if self.alpha.is_empty() => FusionRule::Static(std::iter::once(1.0).collect()),
-            Method::Static => FusionRule::Static(per_expert(&self.alpha).context("--alpha")?),
+            Method::Static if alpha.is_empty() => FusionRule::Static(std::iter::once(1.0).collect()),
+            Method::Static => FusionRule::Static(per_expert(alpha).context("--alpha")?),
             Method::Large => FusionRule::Large,
             Method::Small => FusionRule::Small,
             Method::Expert(None) => FusionRule::Expert(0),
