@@ -8,6 +8,8 @@ mod inspect;
 mod output;
 mod record;
 mod score;
+#[cfg(feature = "serve")]
+mod serve;
 mod setup;
 
 use std::io::{self, Write};
@@ -35,6 +37,8 @@ pub fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => serve::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Completions { shell } => completions(*shell),
     };
