@@ -368,3 +368,6 @@ pub(super) fn text_of(shared: &Shared, body: &[u8]) -> ApiResult<String> {
         None => Ok(tokenizer.decode(&tokens)),
     }
 }
+
+#[cfg(test)]
+mod tests;
