@@ -29,8 +29,8 @@ use crate::generate::{Generator, Request, Step};
 pub(super) struct Delivery {
     /// Its number in the request.
     pub(super) sequence: usize,
-    /// Its next step, or why there is none.
-    pub(super) step: ApiResult<Step>,
+    /// Its next step, or all of them at its end, or why there is none.
+    pub(super) steps: ApiResult<Vec<Step>>,
 }
 
 /// One sequence.
@@ -38,6 +38,10 @@ struct Job {
     request: Request,
     sequence: usize,
     deliveries: UnboundedSender<Delivery>,
+    /// Whether each step is delivered when it is decided; else all are kept until the last, so that nobody wakes up
+    /// for nothing.
+    stream: bool,
+    steps: Vec<Step>,
     arrived: Instant,
     last_step: Option<Instant>,
     _place: OwnedSemaphorePermit,
@@ -100,7 +104,11 @@ impl Engine {
     }
 
     /// Takes the sequences of one request, all or none.
-    pub(super) fn submit(&self, requests: Vec<(usize, Request)>) -> ApiResult<UnboundedReceiver<Delivery>> {
+    pub(super) fn submit(
+        &self,
+        requests: Vec<(usize, Request)>,
+        stream: bool,
+    ) -> ApiResult<UnboundedReceiver<Delivery>> {
         let (deliveries, receiver) = mpsc::unbounded_channel();
         let count = u32::try_from(requests.len()).unwrap_or(u32::MAX);
         let places = Arc::clone(&self.places).try_acquire_many_owned(count);
@@ -109,7 +117,9 @@ impl Engine {
         for (sequence, request) in requests {
             let Some(place) = places.split(1) else { break };
             let deliveries = deliveries.clone();
-            let job = Job { request, sequence, deliveries, arrived, last_step: None, _place: place };
+            let steps = Vec::new();
+            let job =
+                Job { request, sequence, deliveries, stream, steps, arrived, last_step: None, _place: place };
             self.jobs.send(job).map_err(|_| ApiError::unavailable("the engine has stopped"))?;
         }
         Ok(receiver)
@@ -214,7 +224,11 @@ impl Scheduler {
         let (number, finished) = (step.request, step.finish.is_some());
         let Some(job) = self.active.get_mut(&number) else { return };
         self.metrics.step(&step, job.arrived, job.last_step.replace(Instant::now()));
-        job.deliver(Ok(step));
+        job.steps.push(step);
+        if job.stream || finished {
+            let steps = std::mem::take(&mut job.steps);
+            job.deliver(Ok(steps));
+        }
         if finished && let Some(job) = self.active.remove(&number) {
             self.metrics.sequence_seconds.observe(job.arrived.elapsed().as_secs_f64());
         }
@@ -232,7 +246,7 @@ impl Scheduler {
 
 impl Job {
     /// A receiver that is gone is found by [`Scheduler::drop_abandoned`].
-    fn deliver(&self, step: ApiResult<Step>) {
-        let _ = self.deliveries.send(Delivery { sequence: self.sequence, step });
+    fn deliver(&self, steps: ApiResult<Vec<Step>>) {
+        let _ = self.deliveries.send(Delivery { sequence: self.sequence, steps });
     }
 }

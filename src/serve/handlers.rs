@@ -88,7 +88,7 @@ async fn answer(shared: Arc<Shared>, form: Form, request: Request) -> ApiResult<
     if shared.is_draining() {
         return Err(ApiError::unavailable("the server is shutting down"));
     }
-    let mut deliveries = shared.engine.submit(requests)?;
+    let mut deliveries = shared.engine.submit(requests, prepared.stream)?;
     let stopped = || ApiError::unavailable("the engine has stopped");
     if prepared.stream {
         // The first step decides the status.
@@ -96,7 +96,7 @@ async fn answer(shared: Arc<Shared>, form: Form, request: Request) -> ApiResult<
             true => None,
             false => Some(deliveries.recv().await.ok_or_else(stopped)?),
         };
-        if let Some(Err(error)) = first.as_ref().map(|delivery| &delivery.step) {
+        if let Some(Err(error)) = first.as_ref().map(|delivery| &delivery.steps) {
             return Err(error.clone());
         }
         let stream = EventStream::new(answer, deliveries, first);
@@ -106,11 +106,10 @@ async fn answer(shared: Arc<Shared>, form: Form, request: Request) -> ApiResult<
     let mut steps: Vec<Vec<Step>> = (0..answer.len()).map(|_| Vec::new()).collect();
     while left > 0 {
         let delivery = deliveries.recv().await.ok_or_else(stopped)?;
-        let step = delivery.step?;
-        left -= usize::from(step.finish.is_some());
         if let Some(steps) = steps.get_mut(delivery.sequence) {
-            steps.push(step);
+            *steps = delivery.steps?;
         }
+        left -= 1;
     }
     Ok(Json(answer.whole(steps)).into_response())
 }

@@ -48,9 +48,10 @@ impl EventStream {
     }
 
     fn take(&mut self, delivery: Delivery) {
-        match delivery.step {
-            Ok(step) => {
-                self.ready.extend(self.answer.step(delivery.sequence, step).map(|chunk| event(&chunk)));
+        match delivery.steps {
+            Ok(steps) => {
+                let chunks = steps.into_iter().filter_map(|step| self.answer.step(delivery.sequence, step));
+                self.ready.extend(chunks.map(|chunk| event(&chunk)));
                 self.end_if_finished();
             }
             // The status is out already: all that is left is to say it in the stream.
