@@ -319,3 +319,78 @@ fn models_and_tokenizer_are_described() {
     assert_eq!(get(server.at, "/health").json(), json!({ "status": "ok" }));
     server.wait_for("dlf_answers_total", |count| count > 6.0);
 }
+
+#[test]
+fn parts_of_characters_are_labelled_and_whole_ones_streamed() {
+    let server = Running::new(options());
+    // 語 is E8 AA 9E: its bytes as tokens, each of them as likely as the bias makes it.
+    let ids = ensemble().tokenizer(0).unwrap().encode("語", false).unwrap();
+    assert!(ids.len() > 1, "it is no token of its own: {ids:?}");
+    let body = json!({
+        "prompt": "The", "max_tokens": 5, "temperature": 0, "logit_bias": { ids[0].to_string(): 100 },
+        "logprobs": 0, "stop": ["語"],
+    });
+    let whole = post(server.at, "/v1/completions", &body).json();
+    let choice = &whole["choices"][0];
+    assert_eq!(choice["text"], "\u{fffd}".repeat(5));
+    let labels = choice["logprobs"]["tokens"].as_array().unwrap();
+    assert!(labels.iter().all(|label| label.as_str().unwrap().starts_with("bytes:\\xe8")), "{labels:?}");
+    let mut stream = body.clone();
+    stream["stream"] = json!(true);
+    let events = post(server.at, "/v1/completions", &stream).events();
+    assert_eq!(streamed(&events, "/text"), ["\u{fffd}".repeat(5)]);
+
+    // The prompt ends inside the character, and the text begins with the rest of it: no byte is lost or said twice.
+    let mut prompt = encode("a");
+    prompt.extend(&ids[..ids.len() - 1]);
+    let last = ids[ids.len() - 1].to_string();
+    let body = json!({ "prompt": prompt, "max_tokens": 1, "logit_bias": { last: 100 }, "echo": true, "logprobs": 0 });
+    let tokens = complete(&server, body)["choices"][0]["logprobs"]["tokens"].as_array().unwrap().clone();
+    assert_eq!(tokens.len(), prompt.len() + 1);
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn the_binary_serves_until_it_is_interrupted() {
+    use std::io::{BufRead, BufReader, Read};
+    use std::process::{Command, Stdio};
+
+    let binary = assert_cmd::cargo::cargo_bin("dlf-engine");
+    for signal in ["INT", "TERM"] {
+        let mut child = Command::new(&binary)
+            .args(["serve", "--port", "0", "--method", "large", "--model-name", "mine", "--threads", "1"])
+            .env("DLF_ENGINE_API_KEY", "key")
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stderr = BufReader::new(child.stderr.take().unwrap());
+        let mut line = String::new();
+        stderr.read_line(&mut line).unwrap();
+        let at = line.strip_prefix("mine at http://").and_then(|rest| rest.split(' ').next());
+        let at: std::net::SocketAddr = at.unwrap_or_else(|| panic!("{line}")).parse().unwrap();
+        assert!(at.ip().is_loopback());
+        assert_eq!(get(at, "/v1/models").status, 401);
+        let body = json!({ "prompt": QUESTION, "max_tokens": 8, "temperature": 0 }).to_string();
+        let headers = format!("{}Authorization: Bearer key\r\n", http::JSON);
+        let reply =
+            http::receive(http::send(at, "POST", "/v1/completions", &headers, body.as_bytes())).json();
+        let (text, _) = alone(Request::new(encode(QUESTION), 8).rule(FusionRule::Large));
+        assert_eq!((&reply["model"], &reply["choices"][0]["text"]), (&json!("mine"), &json!(text)));
+        let taken = Command::new(&binary).args(["serve", "--port", &at.port().to_string()]).output().unwrap();
+        assert_eq!(taken.status.code(), Some(1));
+        let says = String::from_utf8(taken.stderr).unwrap();
+        assert!(says.contains(&format!("--port {}", at.port())) && says.contains("in use"), "{says}");
+        assert!(
+            Command::new("kill")
+                .args([&format!("-{signal}"), &child.id().to_string()])
+                .status()
+                .unwrap()
+                .success()
+        );
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        let mut rest = String::new();
+        stderr.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, "");
+    }
+}

@@ -369,5 +369,5 @@ pub(super) fn text_of(shared: &Shared, body: &[u8]) -> ApiResult<String> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "demo"))]
 mod tests;
