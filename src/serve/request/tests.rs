@@ -1,6 +1,7 @@
 //! Arbitrary bodies: whatever comes is a request that can run or an error in OpenAI's shape, and never a panic.
 //!
 //! `DLF_PROPTEST_CASES` sets the number of cases; the gate runs a minute of them.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
