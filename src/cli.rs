@@ -9,6 +9,8 @@ mod inspect;
 mod output;
 mod record;
 mod score;
+#[cfg(feature = "serve")]
+mod serve;
 mod setup;
 mod sweep;
 
@@ -37,6 +39,8 @@ pub fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => serve::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Sweep(args) => sweep::run(args),

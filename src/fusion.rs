@@ -14,6 +14,8 @@ pub mod cumulant;
 pub mod reference;
 pub mod refine;
 
+use std::str::FromStr;
+
 use arrayvec::ArrayVec;
 
 use crate::error::{Error, Result};
@@ -67,6 +69,27 @@ impl AlphaGrid {
     /// The candidates, in increasing order.
     pub fn candidates(&self) -> &[f64] {
         &self.candidates
+    }
+}
+
+/// `START:STOP:STEP`, or `START:STOP:STEP:inclusive`.
+impl FromStr for AlphaGrid {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (numbers, inclusive) = match text.strip_suffix(":inclusive") {
+            Some(numbers) => (numbers, true),
+            None => (text, false),
+        };
+        let invalid = |found: &str| Error::Parameter {
+            name: "alpha grid",
+            expected: "START:STOP:STEP[:inclusive]".to_owned(),
+            found: format!("{found:?}"),
+        };
+        let bounds: Vec<f64> =
+            numbers.split(':').map(|n| n.parse().map_err(|_| invalid(n))).collect::<Result<_>>()?;
+        let [start, stop, step] = bounds[..] else { return Err(invalid(text)) };
+        Self::new(start, stop, step, inclusive)
     }
 }
 

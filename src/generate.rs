@@ -7,6 +7,7 @@
 mod sequence;
 mod stop;
 mod text;
+mod top;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -42,6 +43,8 @@ pub struct Request {
     pub stop_token_ids: Vec<u32>,
     /// Whether generation goes on past end-of-sequence tokens.
     pub ignore_eos: bool,
+    /// How many of the most probable tokens each step names in [`Step::top`]; 0 spares their search.
+    pub top_logprobs: usize,
 }
 
 impl Request {
@@ -57,6 +60,7 @@ impl Request {
             stop_strings: Vec::new(),
             stop_token_ids: Vec::new(),
             ignore_eos: false,
+            top_logprobs: 0,
         }
     }
 
@@ -79,6 +83,41 @@ impl Request {
     fn prompt(&self, model: usize) -> &[u32] {
         let index = if self.prompts.len() == 1 { 0 } else { model };
         self.prompts.get(index).map_or(&[], Vec::as_slice)
+    }
+
+    /// Checks the request against the models that are to decode it, and returns the tokens that it can generate at
+    /// most: `max_new_tokens`, or what the shortest context leaves.
+    ///
+    /// # Errors
+    /// The first thing that is wrong with it, as [`Generator::push`] would say.
+    pub fn validate(&self, ensemble: &Ensemble) -> Result<usize> {
+        ensemble.check_rule(&self.rule)?;
+        self.sampling.validate()?;
+        if self.forced.is_empty() && self.max_new_tokens == 0 {
+            return Err(parameter("max_new_tokens", "at least 1 where nothing is scored", "0"));
+        }
+        if self.stop_strings.iter().any(String::is_empty) {
+            return Err(parameter("stop", "strings that are not empty", "an empty one"));
+        }
+        let vocab_size = ensemble.vocab_size();
+        let mut most_new_tokens = self.max_new_tokens;
+        for model in ensemble.models_for(&self.rule) {
+            let role = ensemble.models()[model].role;
+            let prompt = self.prompt(model);
+            if prompt.is_empty() {
+                return Err(Error::EmptyPrompt { role });
+            }
+            if let Some(&id) = prompt.iter().chain(&self.forced).find(|&&id| id as usize >= vocab_size) {
+                return Err(Error::TokenOutOfRange { role, id, vocab_size });
+            }
+            let (tokens, context) = (prompt.len() + self.forced.len(), ensemble.context(model));
+            if tokens > context {
+                return Err(Error::PromptTooLong { role, tokens, context });
+            }
+            // The last token is decided and never read.
+            most_new_tokens = most_new_tokens.min(context - tokens + 1);
+        }
+        Ok(most_new_tokens)
     }
 }
 
@@ -137,6 +176,9 @@ pub struct Step {
     pub text: String,
     /// How the token was decided.
     pub decision: Decision,
+    /// The [`Request::top_logprobs`] most probable tokens with log P̃, the most probable first, which is
+    /// [`Decision::argmax_fused`]. Where it is the step's token, its value is [`Decision::logprob_fused`] to the bit.
+    pub top: Vec<(u32, f64)>,
     /// Set on a request's last step.
     pub finish: Option<FinishReason>,
     /// What the token cost.
@@ -214,38 +256,14 @@ impl Generator {
     /// Checks a request and lays out its streams.
     fn prepare(&self, mut request: Request) -> Result<Sequence> {
         let ensemble = &self.ensemble;
-        ensemble.check_rule(&request.rule)?;
-        request.sampling.validate()?;
-        if request.forced.is_empty() && request.max_new_tokens == 0 {
-            return Err(parameter("max_new_tokens", "at least 1 where nothing is scored", "0"));
-        }
-        if request.stop_strings.iter().any(String::is_empty) {
-            return Err(parameter("stop", "strings that are not empty", "an empty one"));
-        }
+        request.max_new_tokens = request.validate(ensemble)?;
         let used = ensemble.models_for(&request.rule);
         let mut streams = Vec::with_capacity(used.len());
-        let mut most_new_tokens = request.max_new_tokens;
         for model in used {
-            let role = ensemble.models()[model].role;
             let prompt = request.prompt(model);
-            if prompt.is_empty() {
-                return Err(Error::EmptyPrompt { role });
-            }
-            let vocab_size = ensemble.vocab_size();
-            if let Some(&id) = prompt.iter().chain(&request.forced).find(|&&id| id as usize >= vocab_size) {
-                return Err(Error::TokenOutOfRange { role, id, vocab_size });
-            }
-            let (tokens, context) = (prompt.len() + request.forced.len(), ensemble.context(model));
-            if tokens > context {
-                return Err(Error::PromptTooLong { role, tokens, context });
-            }
-            // The last token is decided and never read.
-            most_new_tokens = most_new_tokens.min(context - tokens + 1);
-            let prompt_len = prompt.len();
             let tokens = prompt.iter().chain(&request.forced).copied().collect();
-            streams.push(Stream { model, tokens, prompt_len, table: usize::MAX, computed: 0 });
+            streams.push(Stream { model, tokens, prompt_len: prompt.len(), table: usize::MAX, computed: 0 });
         }
-        request.max_new_tokens = most_new_tokens;
         let mut end_token_ids = request.stop_token_ids.clone();
         if !request.ignore_eos {
             end_token_ids.extend(ensemble.eos_token_ids());
@@ -418,12 +436,25 @@ impl Generator {
             for p in &mut pending {
                 let sequence = &mut self.running[p.sequence];
                 let alike = sequence.steps_alike(p.steps);
-                for decision in decisions.by_ref().take(alike) {
+                for (taken, decision) in decisions.by_ref().take(alike).enumerate() {
                     if failed.contains(&p.sequence) {
                         continue;
                     }
                     match decision {
-                        Ok(decision) => self.ready.push_back(Ok(sequence.advance(decision, time))),
+                        Ok(decision) => {
+                            let wanted = sequence.request.top_logprobs;
+                            let rule = &sequence.request.rule;
+                            let slot = p.slot + taken;
+                            let top = top::most_probable(
+                                &*self.backend,
+                                &self.ensemble,
+                                rule,
+                                slot,
+                                &decision,
+                                wanted,
+                            )?;
+                            self.ready.push_back(Ok(sequence.advance(decision, top, time)));
+                        }
                         Err(error) => {
                             failed.push(p.sequence);
                             self.ready.push_back(Err(in_request(sequence.id, error)));
@@ -443,14 +474,65 @@ impl Generator {
     fn retire(&mut self, failed: &[usize]) {
         for index in (0..self.running.len()).rev() {
             if self.running[index].ended || failed.contains(&index) {
-                let sequence = self.running.remove(index);
-                for stream in sequence.streams {
-                    self.pools[stream.model].release(std::mem::take(&mut self.tables[stream.table]));
-                    self.free_tables.push(stream.table);
-                }
+                self.release(index);
             }
         }
     }
+
+    /// Drops a running sequence and gives its blocks back.
+    fn release(&mut self, index: usize) {
+        let sequence = self.running.remove(index);
+        for stream in sequence.streams {
+            self.pools[stream.model].release(std::mem::take(&mut self.tables[stream.table]));
+            self.free_tables.push(stream.table);
+        }
+    }
+
+    /// Ends a request: its blocks are free at once, and none of its steps comes any more. A request that has ended
+    /// already, or never was, changes nothing.
+    pub fn cancel(&mut self, request: usize) {
+        self.waiting.retain(|sequence| sequence.id != request);
+        if let Some(index) = self.running.iter().position(|sequence| sequence.id == request) {
+            self.release(index);
+        }
+        self.ready.retain(|step| match step {
+            Ok(step) => step.request != request,
+            Err(Error::Request { request: failed, .. }) => *failed != request,
+            Err(_) => true,
+        });
+    }
+
+    /// Steps that are decided already: [`next`](Iterator::next) hands out so many without computing.
+    pub fn ready(&self) -> usize {
+        self.ready.len()
+    }
+
+    /// How full the cache of each model is, in the ensemble's order.
+    pub fn cache(&self) -> impl Iterator<Item = CacheUse> {
+        let blocks = self.backend.limits().blocks;
+        self.pools.iter().map(move |pool| CacheUse { blocks, used: blocks - pool.available() })
+    }
+
+    /// Forgets all requests after the device failed, and what its cache held.
+    fn reset(&mut self) {
+        let blocks = self.backend.limits().blocks;
+        self.waiting.clear();
+        self.running.clear();
+        self.tables.clear();
+        self.free_tables.clear();
+        self.pools.iter_mut().for_each(|pool| *pool = BlockPool::new(blocks));
+        self.scratch.rows.iter_mut().for_each(Vec::clear);
+    }
+}
+
+/// The blocks of one model's cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheUse {
+    /// All of them.
+    pub blocks: usize,
+    /// Those that sequences in flight hold. What ended sequences left to be found again isn't counted: it makes
+    /// room when its place is needed.
+    pub used: usize,
 }
 
 impl Iterator for Generator {
@@ -462,8 +544,7 @@ impl Iterator for Generator {
     fn next(&mut self) -> Option<Self::Item> {
         while self.ready.is_empty() && !(self.running.is_empty() && self.waiting.is_empty()) {
             if let Err(error) = self.advance() {
-                self.waiting.clear();
-                self.running.clear();
+                self.reset();
                 self.ready.push_back(Err(error));
             }
         }

@@ -31,6 +31,8 @@ pub mod kv_cache;
 pub mod model;
 pub mod rope;
 pub mod sampling;
+#[cfg(feature = "serve")]
+pub mod serve;
 #[cfg(feature = "tokenizer")]
 pub mod tokenizer;
 pub mod weights;

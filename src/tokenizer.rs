@@ -192,6 +192,16 @@ impl Tokenizer {
         self.inner.template.exists()
     }
 
+    /// The chat template, as its file has it.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.inner.template.source()
+    }
+
+    /// The text of `bos_token`, `eos_token`, `unk_token` or `pad_token`, where the files name one.
+    pub fn special_token(&self, name: &str) -> Option<&str> {
+        self.inner.template.special_token(name)
+    }
+
     /// The prompt that asks the model to answer `messages`. It holds the special tokens already: encode it with
     /// `add_special` false.
     ///

@@ -216,3 +216,45 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_cancelled_request_gives_its_blocks_back_and_the_others_go_on() {
+    // Room for two sequences of 40 tokens in each model: the third waits.
+    let mut generator = generator(Limits { blocks: 6, ..LIMITS });
+    let prompts: Vec<Vec<u32>> = (0..3).map(|n| (n..n + 20).collect()).collect();
+    for prompt in &prompts {
+        generator.push(Request::new(prompt.clone(), 20)).unwrap();
+    }
+    let mut steps: Vec<Step> = Vec::new();
+    while steps.iter().filter(|step| step.request == 0).count() < 3 {
+        steps.push(generator.next().unwrap().unwrap());
+    }
+    let full = generator.cache().map(|cache| (cache.blocks, cache.used)).collect::<Vec<_>>();
+    assert!(full.iter().all(|&cache| cache == (6, 6)), "{full:?}");
+    generator.cancel(0);
+    assert!(generator.cache().all(|cache| cache.used == 3));
+    // Of one that runs, one that ended, and one that never was.
+    generator.cancel(0);
+    generator.cancel(7);
+    let rest: Vec<Step> = generator.by_ref().collect::<Result<_, _>>().unwrap();
+    assert!(rest.iter().all(|step| step.request != 0), "none of its steps comes any more");
+    steps.extend(rest);
+    for request in [1, 2] {
+        assert_eq!(tokens_of(&steps, request), expected(&prompts[request], 20));
+    }
+    assert!(generator.cache().all(|cache| cache.used == 0));
+}
+
+#[test]
+fn a_request_that_waits_can_be_cancelled() {
+    let mut generator = generator(Limits { blocks: 3, ..LIMITS });
+    for start in [0, 30] {
+        generator.push(Request::new((start..start + 20).collect(), 20)).unwrap();
+    }
+    generator.next().unwrap().unwrap();
+    generator.cancel(1);
+    assert!(generator.by_ref().map(Result::unwrap).all(|step| step.request == 0));
+    generator.push(Request::new(vec![1], 1)).unwrap();
+    assert_eq!(generator.by_ref().map(Result::unwrap).map(|step| step.request).collect::<Vec<_>>(), [2]);
+    assert!(generator.cache().all(|cache| cache.used == 0));
+}

@@ -21,6 +21,9 @@ pub(crate) enum Command {
     Generate(GenerateArgs),
     /// Log-probabilities and α at every position of a text.
     Score(ScoreArgs),
+    /// Serve completions and chats over HTTP as OpenAI's API has them (without models: the demo ensemble).
+    #[cfg(feature = "serve")]
+    Serve(ServeArgs),
     /// What models are, their memory, and whether they can form an ensemble.
     Inspect(InspectArgs),
     /// Score methods on a task: gsm8k, triviaqa, cnn_dailymail, truthfulqa_mc, mmlu, … or a task file.
@@ -250,6 +253,66 @@ pub(crate) struct ScoreArgs {
     pub(crate) run: RunArgs,
 }
 
+#[cfg(feature = "serve")]
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) models: ModelArgs,
+    #[command(flatten)]
+    pub(crate) fusion: FusionArgs,
+    /// The address to listen at; the default is reached from this machine alone.
+    #[arg(long, value_name = "HOST", default_value = "127.0.0.1", help_heading = "Server")]
+    pub(crate) host: String,
+    /// The port to listen at; 0 is any free one.
+    #[arg(long, value_name = "PORT", default_value = "8000", help_heading = "Server")]
+    pub(crate) port: u16,
+    /// Ask clients for this key, as `Authorization: Bearer KEY`.
+    #[arg(
+        long,
+        value_name = "KEY",
+        env = "DLF_ENGINE_API_KEY",
+        hide_env_values = true,
+        help_heading = "Server"
+    )]
+    pub(crate) api_key: Option<String>,
+    /// The model id that clients name; ID:METHOD is the same model under another method
+    /// [default: the name of the large model's directory, or demo].
+    #[arg(long, value_name = "ID", help_heading = "Server")]
+    pub(crate) model_name: Option<String>,
+    /// Sequences that may wait besides those decoded; more are answered 429.
+    #[arg(long, value_name = "N", default_value = "1024", help_heading = "Server")]
+    pub(crate) queue: usize,
+    /// Tokens that a request may generate.
+    #[arg(long, value_name = "N", default_value = "4096", help_heading = "Server")]
+    pub(crate) max_new_tokens: usize,
+    /// Tokens that a prompt may have [default: what the models' contexts take].
+    #[arg(long, value_name = "N", help_heading = "Server")]
+    pub(crate) max_prompt_tokens: Option<usize>,
+    /// Bytes that the body of a request may have.
+    #[arg(long, value_name = "N", default_value = "4194304", help_heading = "Server")]
+    pub(crate) max_body_bytes: usize,
+    /// Seconds that requests in flight get to end after Ctrl-C or SIGTERM; a second one ends them at once.
+    #[arg(long, value_name = "S", default_value = "30", help_heading = "Server")]
+    pub(crate) grace: u64,
+    /// Where to compute: auto, cpu, cuda or cuda:N.
+    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto", help_heading = "Running")]
+    pub(crate) device: Device,
+    /// Threads of the CPU backend [default: one a core].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..), help_heading = "Running")]
+    pub(crate) threads: Option<u16>,
+    /// Sequences decoded together.
+    #[arg(long, value_name = "N", default_value = "32", value_parser = clap::value_parser!(u16).range(1..=256),
+          help_heading = "Running")]
+    pub(crate) batch_size: u16,
+    /// The most memory of the key-value caches, of all models together.
+    #[arg(long, value_name = "MIB", default_value = "1024", value_parser = clap::value_parser!(u32).range(1..),
+          help_heading = "Running")]
+    pub(crate) cache_mib: u32,
+    /// Print nothing but errors.
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
     /// Model directories: the large one, the small one, then experts.
@@ -276,20 +339,7 @@ pub(crate) fn method(text: &str) -> Result<Method, String> {
 }
 
 pub(crate) fn grid(text: &str) -> Result<AlphaGrid, String> {
-    let (numbers, inclusive) = match text.strip_suffix(":inclusive") {
-        Some(numbers) => (numbers, true),
-        None => (text, false),
-    };
-    let bounds: Vec<f64> = numbers
-        .split(':')
-        .map(|n| {
-            n.parse().map_err(|_| format!("{n:?} is not a number; expected START:STOP:STEP[:inclusive]"))
-        })
-        .collect::<Result<_, _>>()?;
-    let [start, stop, step] = bounds[..] else {
-        return Err("expected START:STOP:STEP[:inclusive]".to_owned());
-    };
-    AlphaGrid::new(start, stop, step, inclusive).map_err(|error| error.to_string())
+    text.parse().map_err(|error: crate::Error| error.to_string())
 }
 
 fn bias(text: &str) -> Result<(u32, f32), String> {

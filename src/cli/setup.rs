@@ -136,6 +136,7 @@ impl SamplingArgs {
             stop_strings: self.stop.clone(),
             stop_token_ids: self.stop_token_id.clone(),
             ignore_eos: self.ignore_eos,
+            top_logprobs: 0,
         })
     }
 }

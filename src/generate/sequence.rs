@@ -81,8 +81,8 @@ impl Sequence {
         FuseRow { slot, step, rule: &self.request.rule, held, choice }
     }
 
-    /// Takes in the decision of the next step.
-    pub(crate) fn advance(&mut self, decision: Decision, time: StepTime) -> Step {
+    /// Takes in the decision of the next step, and the most probable tokens where they were asked for.
+    pub(crate) fn advance(&mut self, decision: Decision, top: Vec<(u32, f64)>, time: StepTime) -> Step {
         let (index, token) = (self.decided, decision.token);
         let forced = index < self.request.forced.len();
         if self.searches(index) {
@@ -114,6 +114,7 @@ impl Sequence {
             piece: decoded.piece,
             text: decoded.text,
             decision,
+            top,
             finish,
             time,
         }

@@ -69,6 +69,10 @@ impl ChatTemplate {
         self.source.is_some()
     }
 
+    pub(super) fn source(&self) -> Option<&str> {
+        self.source.as_deref()
+    }
+
     /// The text of `bos_token`, `eos_token`, `unk_token` or `pad_token`.
     pub(super) fn special_token(&self, name: &str) -> Option<&str> {
         self.special_tokens.iter().find(|(known, _)| *known == name).map(|(_, token)| token.as_str())
