@@ -6,6 +6,7 @@ mod generate;
 mod input;
 mod inspect;
 mod output;
+mod plot;
 mod record;
 mod score;
 mod setup;
@@ -36,6 +37,7 @@ pub fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Score(args) => score::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Plot(args) => plot::run(args),
         Command::Completions { shell } => completions(*shell),
     };
     match result {

@@ -23,11 +23,23 @@ pub(crate) enum Command {
     Score(ScoreArgs),
     /// What models are, their memory, and whether they can form an ensemble.
     Inspect(InspectArgs),
+    /// Draw traces: each token with its α and the expert that acted.
+    Plot(PlotArgs),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlotArgs {
+    /// What `generate --trace` wrote.
+    #[arg(required = true, value_name = "TRACE")]
+    pub(crate) traces: Vec<PathBuf>,
+    /// The picture: F.svg for a document, F.html for a page that walks through the tokens.
+    #[arg(long, short, value_name = "F.svg|F.html")]
+    pub(crate) output: PathBuf,
 }
 
 #[derive(Debug, Args)]
