@@ -18,7 +18,7 @@ pub use svg::svg;
 #[derive(Debug, thiserror::Error)]
 pub enum PlotError {
     /// The file can't be opened or read.
-    #[error("{}: {source}", path.display())]
+    #[error("{}", path.display())]
     Io {
         /// The trace.
         path: PathBuf,
@@ -26,7 +26,7 @@ pub enum PlotError {
         source: std::io::Error,
     },
     /// A line isn't a record of a trace.
-    #[error("{}, line {line}: not a record of a trace: {source}", path.display())]
+    #[error("{}, line {line}: not a record of a trace", path.display())]
     Record {
         /// The trace.
         path: PathBuf,
