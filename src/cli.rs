@@ -7,6 +7,7 @@ mod generate;
 mod input;
 mod inspect;
 mod output;
+mod plot;
 mod record;
 mod score;
 #[cfg(feature = "serve")]
@@ -44,6 +45,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Sweep(args) => sweep::run(args),
+        Command::Plot(args) => plot::run(args),
         Command::Completions { shell } => completions(*shell),
     };
     match result {

@@ -29,6 +29,8 @@ pub mod generate;
 mod json;
 pub mod kv_cache;
 pub mod model;
+#[cfg(feature = "cli")]
+pub mod plot;
 pub mod rope;
 pub mod sampling;
 #[cfg(feature = "serve")]

@@ -30,11 +30,23 @@ pub(crate) enum Command {
     Eval(super::eval::EvalArgs),
     /// Score static fusion over a range of α beside the dynamic rule, and draw it.
     Sweep(super::sweep::SweepArgs),
+    /// Draw traces: each token with its α and the expert that acted.
+    Plot(PlotArgs),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlotArgs {
+    /// What `generate --trace` wrote.
+    #[arg(required = true, value_name = "TRACE")]
+    pub(crate) traces: Vec<PathBuf>,
+    /// The picture: F.svg for a document, F.html for a page that walks through the tokens.
+    #[arg(long, short, value_name = "F.svg|F.html")]
+    pub(crate) output: PathBuf,
 }
 
 #[derive(Debug, Args)]
