@@ -112,7 +112,7 @@ impl Limits {
 /// Where to compute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
-    /// The best there is.
+    /// The first NVIDIA GPU, or the CPU where there is none.
     #[default]
     Auto,
     /// The CPU.
@@ -157,19 +157,39 @@ impl BackendOptions {
     /// [`Error::Device`] where the device can't be used.
     pub fn open(self, ensemble: Arc<Ensemble>) -> Result<Box<dyn Backend>> {
         match self.device {
-            Device::Auto | Device::Cpu => {
-                let threads = self.threads.unwrap_or_else(cpu::available_threads);
-                Ok(Box::new(cpu::CpuBackend::new(
-                    ensemble,
-                    cpu::CpuOptions { threads, limits: self.limits },
-                )?))
-            }
-            Device::Cuda(number) => Err(Error::Device {
-                requested: format!("cuda:{number}"),
-                reason: "this build has no CUDA backend; use --device cpu".to_owned(),
-            }),
+            Device::Auto if gpus() == 0 => self.open_cpu(ensemble),
+            Device::Cpu => self.open_cpu(ensemble),
+            Device::Auto => self.open_cuda(ensemble, 0),
+            Device::Cuda(ordinal) => self.open_cuda(ensemble, ordinal),
         }
     }
+
+    fn open_cpu(self, ensemble: Arc<Ensemble>) -> Result<Box<dyn Backend>> {
+        let threads = self.threads.unwrap_or_else(cpu::available_threads);
+        Ok(Box::new(cpu::CpuBackend::new(ensemble, cpu::CpuOptions { threads, limits: self.limits })?))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn open_cuda(self, ensemble: Arc<Ensemble>, ordinal: usize) -> Result<Box<dyn Backend>> {
+        let options = cuda::CudaOptions { ordinal, limits: self.limits };
+        Ok(Box::new(cuda::CudaBackend::new(ensemble, options, &mut |_| {})?))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn open_cuda(self, _: Arc<Ensemble>, ordinal: usize) -> Result<Box<dyn Backend>> {
+        Err(Error::Device {
+            requested: format!("cuda:{ordinal}"),
+            reason: "this build has no CUDA backend (feature `cuda`); use --device cpu".to_owned(),
+        })
+    }
+}
+
+/// GPUs that can be asked for.
+fn gpus() -> usize {
+    #[cfg(feature = "cuda")]
+    return cuda::device_count();
+    #[cfg(not(feature = "cuda"))]
+    0
 }
 
 /// Where the time of one [`Backend::forward`] went.

@@ -9,10 +9,12 @@
 //! weights   the weights of a group in one arena; upload, lora
 //! plan      the rows of a turn, as the kernels read them
 //! forward   the layers, in the order of the paper
+//! fusion    the search for α and the choice of the token, in one launch
 //! ```
 
 mod device;
 mod forward;
+mod fusion;
 mod images;
 mod kernels;
 mod lora;
@@ -27,6 +29,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forward::{Group, LogitsPlace};
+use fusion::{DeviceFuser, is_on_device};
 use memory::Buffer;
 use weights::stride;
 
@@ -58,9 +61,12 @@ pub struct CudaBackend {
     checker: Checker,
     /// `(models, slots, vocab_stride)`
     logits: Buffer<f32>,
+    place: LogitsPlace,
     stream: Arc<cudarc::driver::CudaStream>,
     large: Option<Group>,
     small: Option<Group>,
+    device_fuser: DeviceFuser,
+    /// For the rows that the kernel doesn't decide by itself.
     fuser: Fuser,
 }
 
@@ -90,23 +96,28 @@ impl CudaBackend {
         for group in [&large, &small].into_iter().flatten() {
             gpu.synchronize(group.stream())?;
         }
+        let vocab_size = ensemble.vocab_size();
+        let place = LogitsPlace {
+            address: logits.address(),
+            vocab_size,
+            vocab_stride: stride(vocab_size),
+            slots: limits.slots,
+        };
+        let device_fuser = DeviceFuser::new(&gpu, &stream, &ensemble, place)?;
+        gpu.synchronize(&stream)?;
         Ok(Self {
             checker: Checker::default(),
             limits,
             logits,
+            place,
             stream,
             large,
             small,
+            device_fuser,
             fuser: Fuser::new(),
             ensemble,
             gpu,
         })
-    }
-
-    fn place(&self) -> LogitsPlace {
-        let vocab_size = self.ensemble.vocab_size();
-        let vocab_stride = stride(vocab_size);
-        LogitsPlace { address: self.logits.address(), vocab_size, vocab_stride, slots: self.limits.slots }
     }
 
     /// The logits of `model` in `slot`.
@@ -122,7 +133,7 @@ impl CudaBackend {
                 found: format!("model {model}, slot {slot}"),
             });
         }
-        let place = self.place();
+        let place = self.place;
         let mut logits = vec![0.0; place.vocab_size];
         let at = (model * place.slots + slot) * place.vocab_stride;
         self.gpu.read(&self.stream, &self.logits, at, &mut logits)?;
@@ -130,29 +141,8 @@ impl CudaBackend {
     }
 }
 
-impl Backend for CudaBackend {
-    fn limits(&self) -> Limits {
-        self.limits
-    }
-
-    /// The two groups run side by side, each in its stream; the time is until both are done.
-    fn forward(&mut self, batch: &Batch<'_>) -> Result<ForwardTime> {
-        self.checker.check(&self.ensemble, self.limits, batch)?;
-        let place = self.place();
-        let started = Instant::now();
-        for group in [&mut self.large, &mut self.small].into_iter().flatten() {
-            group.forward(batch, place)?;
-        }
-        let wait = |group: &Option<Group>| match group {
-            Some(group) => self.gpu.synchronize(group.stream()).map(|()| started.elapsed()),
-            None => Ok(Duration::ZERO),
-        };
-        let large = wait(&self.large)?;
-        let small = wait(&self.small)?;
-        Ok(ForwardTime { large, small: small.saturating_sub(large) })
-    }
-
-    fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<()> {
+impl CudaBackend {
+    fn fuse_on_host(&mut self, rows: &[FuseRow<'_>]) -> Result<Vec<Result<Decision>>> {
         let mut all = Vec::with_capacity(rows.len());
         for row in rows {
             let models = 0..self.ensemble.models().len();
@@ -170,7 +160,46 @@ impl Backend for CudaBackend {
             }
             of_row
         };
-        self.fuser.fuse(&mut sequential, rows, &row_logits, decisions);
+        let mut decisions = Vec::with_capacity(rows.len());
+        self.fuser.fuse(&mut sequential, rows, &row_logits, &mut decisions);
+        Ok(decisions)
+    }
+}
+
+impl Backend for CudaBackend {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// The two groups run side by side, each in its stream; the time is until both are done.
+    fn forward(&mut self, batch: &Batch<'_>) -> Result<ForwardTime> {
+        self.checker.check(&self.ensemble, self.limits, batch)?;
+        let place = self.place;
+        let started = Instant::now();
+        for group in [&mut self.large, &mut self.small].into_iter().flatten() {
+            group.forward(batch, place)?;
+        }
+        let wait = |group: &Option<Group>| match group {
+            Some(group) => self.gpu.synchronize(group.stream()).map(|()| started.elapsed()),
+            None => Ok(Duration::ZERO),
+        };
+        let large = wait(&self.large)?;
+        let small = wait(&self.small)?;
+        Ok(ForwardTime { large, small: small.saturating_sub(large) })
+    }
+
+    /// One launch for all rows that are decided over a grid or at a given α, greedily, by temperature or by force; the
+    /// others (refined search, truncation, penalties, bans) are decided on the host, from the same logits.
+    fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<()> {
+        let (device, host): (Vec<FuseRow<'_>>, Vec<FuseRow<'_>>) =
+            rows.iter().partition(|row| is_on_device(row));
+        let on_device = self.device_fuser.fuse(&self.gpu, &self.stream, &self.ensemble, &device)?;
+        let on_host = self.fuse_on_host(&host)?;
+        let (mut on_device, mut on_host) = (on_device.into_iter(), on_host.into_iter());
+        decisions.clear();
+        decisions.extend(
+            rows.iter().filter_map(|row| if is_on_device(row) { on_device.next() } else { on_host.next() }),
+        );
         Ok(())
     }
 

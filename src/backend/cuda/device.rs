@@ -203,6 +203,14 @@ impl Gpu {
         self.call_with(operation, || self.context.load_module(Ptx::from_src(image)), || jit_log(image))
     }
 
+    /// Lets a kernel have more than the 48 KiB of dynamic shared memory that every kernel may have.
+    pub(crate) fn allow_shared(&self, kernel: &Kernel, bytes: usize) -> Result<()> {
+        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let value = i32::try_from(bytes).unwrap_or(i32::MAX);
+        let operation = || format!("cuFuncSetAttribute of {}: {bytes} bytes of shared memory", kernel.symbol);
+        self.call(operation, || kernel.function.set_attribute(attribute, value))
+    }
+
     /// Puts a launch of `kernel` into `stream`.
     ///
     /// # Safety

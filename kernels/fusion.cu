@@ -1,0 +1,361 @@
+// The whole search for α, and the choice of the token, in one launch.
+//
+// Every number of the method is a sum over a tilted distribution, so one code path gives them all. A lane has a base
+// (the logits of the large model, of the small one or of an expert), an α and a direction D, and keeps, for
+// x = base + α d, d = E − S:
+//
+//     m = max x      s = Σ exp(x − m)      u = Σ exp(x − m) d      argmax x
+//
+//     KL(P̃‖P) = α u/s − A     KL(P‖P̃) = A − α u₀/s₀     A = (m + ln s) − (m₀ + ln s₀)     0: the lane with α = 0
+//
+// All lanes of all experts walk over the same tokens: each logit is read from memory once, whatever their number.
+//
+// grid    (slices, rows) × 256 threads. A warp loads 32 tokens of every model, coalesced, into shared memory; then
+//         its lanes walk over them, each for its own candidate, 32 candidates a round: reads are broadcasts, and no
+//         candidate needs a shuffle. The warps of a block merge, a block writes its partial states, and the last
+//         block of a row (a ticket after a fence) merges the slices in order, decides in f64 and resets the ticket,
+//         so that a graph can replay the launch.
+// bytes   (2 + experts) · vocab_size · 4 a row, and the partial states twice: slices · lanes · 24
+// bound   latency: at 32000 tokens the logits lie in the L2 cache, and the walk is a few thousand instructions a warp
+// needs   vocab_stride ≥ vocab_size; lanes ≤ 32 · ROUNDS; tickets zero before the first launch
+#include "common.cuh"
+
+constexpr u32 MAX_EXPERTS = 8;
+constexpr u32 WARPS = 8;
+constexpr u32 COMBINED = MAX_EXPERTS;   // the direction Σ c_t D_t
+constexpr u32 NO_DIRECTION = COMBINED + 1;
+constexpr u32 NOBODY = 0xffffffffu;
+constexpr u64 ALL_FINITE = ~0ull;
+
+// What one lane sums.
+struct FuseLane {
+    float alpha;
+    u32 base;       // 0: the model that is steered, 1: the small one, 2 + t: expert t
+    u32 direction;  // t: D_t, COMBINED, or NO_DIRECTION: d = 0
+};
+
+// A row, and which lane is what: indices among its own lanes.
+struct FuseRow {
+    u32 slot;
+    u32 base_model;              // index of the model that is steered
+    u32 experts;                 // 0 where the base runs alone
+    u32 first_lane;              // in `lanes`
+    u32 lane_count;
+    u32 tracks;                  // directions with candidates
+    u32 track[MAX_EXPERTS];      // the lane with α = 0 of each; its candidates follow
+    u32 candidates[MAX_EXPERTS]; // of each
+    u32 target[MAX_EXPERTS];     // the lane of S along D_t; that of E_t follows
+    float coefficient[MAX_EXPERTS];  // c_t
+    u32 objective;               // 0: both terms, 1: KL(P̃‖P) alone, 2: KL(P‖P̃) alone
+    u32 forced;                  // the token that is given, or NOBODY
+    float scale;                 // 1 / temperature, or 0: greedy
+    u32 seed[2];
+    u32 step[2];
+};
+
+struct FuseResult {
+    double loss, forward, reverse;
+    double log_sum_fused, log_sum_base, log_sum_small;
+    double log_sum_expert[MAX_EXPERTS];
+    double forward_target[MAX_EXPERTS];
+    double reverse_target[MAX_EXPERTS];
+    u64 not_finite;              // 16 · token + model of the first NaN or +inf, or ALL_FINITE
+    u32 token, argmax_fused, argmax_base;
+    u32 track, candidate;
+    u32 argmax_expert[MAX_EXPERTS];
+    float logit_base, logit_small;
+    float logit_expert[MAX_EXPERTS];
+    u32 empty;                   // every token is excluded
+};
+
+struct Partial {
+    float m, s, u;
+    u32 best;      // argmax x, the lowest id where several tie
+    float key;     // max x / τ + g
+    u32 drawn;     // its argmax
+};
+
+struct FuseArgs {
+    const float* logits;     // (models, slots, vocab_stride)
+    const FuseRow* rows;     // (rows,)
+    const FuseLane* lanes;
+    Partial* partial;        // (rows, slices, lane_stride)
+    u32* tickets;            // (rows,)
+    u64* not_finite;         // (rows,): ALL_FINITE between launches
+    FuseResult* results;     // (rows,)
+    u64 model_stride;        // numbers from one model's logits to the next
+    u32 vocab_stride;
+    u32 vocab_size;
+    u32 small_model;         // index of the small model
+    u32 first_expert;        // index of expert 0; the others follow
+    u32 slice;               // tokens of a slice: a multiple of 256
+    u32 lane_stride;
+};
+
+// Ten rounds of Philox4x32; word id % 4 at counter (id / 4, step, 0) belongs to a token.
+__device__ u32 philox(const FuseRow& row, u32 id) {
+    u32 c0 = id / 4, c1 = row.step[0], c2 = row.step[1], c3 = 0;
+    u32 k0 = row.seed[0], k1 = row.seed[1];
+#pragma unroll
+    for (u32 round = 0; round < 10; round++) {
+        const u32 low_a = 0xD2511F53u * c0, high_a = __umulhi(0xD2511F53u, c0);
+        const u32 low_b = 0xCD9E8D57u * c2, high_b = __umulhi(0xCD9E8D57u, c2);
+        c0 = high_b ^ c1 ^ k0, c1 = low_b, c2 = high_a ^ c3 ^ k1, c3 = low_a;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    return id % 4 == 0 ? c0 : id % 4 == 1 ? c1 : id % 4 == 2 ? c2 : c3;
+}
+
+// −ln(−ln u), u = (w + ½) / 2³²; near 1 the distance from 1 is what counts.
+__device__ float gumbel(u32 word) {
+    const float step = 2.3283064365386963e-10f;
+    const float inner = word < 0x80000000u ? -logf((float(word) + 0.5f) * step) : -log1pf(-(float(~word) + 0.5f) * step);
+    return -logf(inner);
+}
+
+// What another block wrote: past the first-level cache.
+__device__ Partial read(const Partial* from) {
+    const float* x = reinterpret_cast<const float*>(from);
+    return {__ldcg(x), __ldcg(x + 1), __ldcg(x + 2), __float_as_uint(__ldcg(x + 3)), __ldcg(x + 4), __float_as_uint(__ldcg(x + 5))};
+}
+
+// Both parts together; the lower id where two tie.
+__device__ void merge(Partial& a, const Partial& b) {
+    if (b.m == -INFINITE) return;
+    if (a.m == -INFINITE) {
+        a = b;
+        return;
+    }
+    if (b.m > a.m || (b.m == a.m && b.best < a.best)) a.best = b.best;
+    if (b.key > a.key || (b.key == a.key && b.drawn < a.drawn)) a.key = b.key, a.drawn = b.drawn;
+    const float top = fmaxf(a.m, b.m), x = expf(a.m - top), y = expf(b.m - top);
+    a.s = a.s * x + b.s * y;
+    a.u = a.u * x + b.u * y;
+    a.m = top;
+}
+
+// The tokens of a tile as lanes read them: base logits, then differences, 32 numbers each.
+struct Tile {
+    float* memory;
+    u32 experts;
+    __device__ float* base(u32 b) const { return memory + b * WARP; }
+    __device__ float* difference(u32 d) const { return memory + (2 + experts + min(d, experts + 1)) * WARP; }
+    __device__ float* combined() const { return difference(experts); }
+    __device__ float* zero() const { return difference(experts + 1); }
+    __device__ float* noise() const { return memory + (4 + 2 * experts) * WARP; }
+    static __device__ u32 size(u32 experts) { return (5 + 2 * experts) * WARP; }
+};
+
+// Loads the token of this lane; notes the first logit that is not finite.
+__device__ void load(const FuseArgs& args, const FuseRow& row, const Tile& tile, u32 token, u32 row_index) {
+    const u32 lane = threadIdx.x % WARP;
+    const bool exists = token < args.vocab_size;
+    const float* slot = args.logits + u64(row.slot) * args.vocab_stride + token;
+    bool excluded = !exists;
+    const auto read = [&](u32 model) {
+        const float x = exists ? slot[model * args.model_stride] : -INFINITE;
+        if (!(x < INFINITE)) atomicMin(args.not_finite + row_index, u64(token) * 16 + model);
+        excluded |= x == -INFINITE;
+        return x;
+    };
+    float large = read(row.base_model), small = 0, combined = 0;
+    if (row.experts) small = read(args.small_model);
+    for (u32 t = 0; t < row.experts; t++) {
+        const float expert = read(args.first_expert + t), d = expert - small;
+        tile.base(2 + t)[lane] = expert;
+        tile.difference(t)[lane] = d;
+        combined = fmaf(row.coefficient[t], d, combined);
+    }
+    if (excluded) {
+        // No weight in any lane, and no difference.
+        large = small = -INFINITE;
+        combined = 0;
+        for (u32 t = 0; t < row.experts; t++) tile.base(2 + t)[lane] = -INFINITE, tile.difference(t)[lane] = 0;
+    }
+    tile.base(0)[lane] = large;
+    tile.base(1)[lane] = small;
+    tile.combined()[lane] = combined;
+    tile.zero()[lane] = 0;
+    tile.noise()[lane] = row.scale > 0 ? gumbel(philox(row, token)) : 0;
+}
+
+// One lane's walk over a tile that begins at token `first`.
+__device__ void walk(const FuseRow& row, const Tile& tile, const FuseLane& lane, u32 first, Partial& state) {
+    const float* base = tile.base(lane.base);
+    const float* d = lane.direction == NO_DIRECTION ? tile.zero()
+                     : lane.direction == COMBINED   ? tile.combined()
+                                                    : tile.difference(lane.direction);
+    float top = -INFINITE;
+    u32 best = 0;
+#pragma unroll 8
+    for (u32 i = 0; i < WARP; i++) {
+        const float x = fmaf(lane.alpha, d[i], base[i]);
+        if (x > top) top = x, best = i;
+    }
+    if (top == -INFINITE) return;
+    if (row.scale > 0) {
+        for (u32 i = 0; i < WARP; i++) {
+            const float key = fmaf(fmaf(lane.alpha, d[i], base[i]), row.scale, tile.noise()[i]);
+            if (key > state.key) state.key = key, state.drawn = first + i;
+        }
+    }
+    if (top > state.m) {
+        // Where nothing was summed yet, the factor is exp(−∞) = 0.
+        const float factor = expf(state.m - top);
+        state.s *= factor, state.u *= factor, state.m = top, state.best = first + best;
+    }
+#pragma unroll 8
+    for (u32 i = 0; i < WARP; i++) {
+        const float e = expf(fmaf(lane.alpha, d[i], base[i]) - state.m);
+        state.s += e;
+        state.u = fmaf(e, d[i], state.u);
+    }
+}
+
+// What the last block of a row keeps of each merged lane.
+struct Merged {
+    double log_sum, mean;
+    u32 best, drawn;
+    float alpha;
+    u32 empty;
+};
+
+__device__ double square(double x) { return x * x; }
+
+// KL(tilted‖base) and KL(base‖tilted); exactly 0 at α = 0.
+__device__ void divergences(const Merged& base, const Merged& tilted, double alpha, double& forward, double& reverse) {
+    const double a = tilted.log_sum - base.log_sum;
+    forward = alpha == 0 ? 0 : alpha * tilted.mean - a;
+    reverse = alpha == 0 ? 0 : a - alpha * base.mean;
+}
+
+// Equation 6, or one of its terms.
+__device__ double loss_of(const FuseRow& row, const FuseResult& result, double forward, double reverse) {
+    double loss = 0;
+    for (u32 t = 0; t < row.experts; t++) {
+        if (row.objective != 2) loss += square(forward - result.forward_target[t]);
+        if (row.objective != 1) loss += square(reverse - result.reverse_target[t]);
+    }
+    return loss;
+}
+
+// The decision of a row whose lanes are merged; one thread.
+__device__ void decide(const FuseArgs& args, const FuseRow& row, const Merged* lanes, u32 row_index) {
+    FuseResult& result = args.results[row_index];
+    result.not_finite = args.not_finite[row_index];
+    args.not_finite[row_index] = ALL_FINITE;
+    result.empty = lanes[0].empty;
+    for (u32 t = 0; t < row.experts; t++) {
+        const Merged& small = lanes[row.target[t]];
+        const Merged& expert = lanes[row.target[t] + 1];
+        divergences(small, expert, 1, result.forward_target[t], result.reverse_target[t]);
+        result.log_sum_small = small.log_sum;
+        result.log_sum_expert[t] = expert.log_sum;
+        result.argmax_expert[t] = expert.best;
+    }
+    result.log_sum_base = lanes[0].log_sum;
+    result.argmax_base = lanes[0].best;
+    u32 chosen = 0;
+    bool any = false;
+    for (u32 track = 0; track < row.tracks; track++) {
+        for (u32 k = 0; k < row.candidates[track]; k++) {
+            const u32 index = row.track[track] + 1 + k;
+            double forward, reverse;
+            divergences(lanes[row.track[track]], lanes[index], lanes[index].alpha, forward, reverse);
+            const double loss = loss_of(row, result, forward, reverse);
+            if (!any || loss < result.loss) {
+                result.loss = loss, result.forward = forward, result.reverse = reverse;
+                result.track = track, result.candidate = k, chosen = index, any = true;
+            }
+        }
+    }
+    result.log_sum_fused = lanes[chosen].log_sum;
+    result.argmax_fused = lanes[chosen].best;
+    result.token = row.forced != NOBODY ? row.forced : row.scale > 0 ? lanes[chosen].drawn : lanes[chosen].best;
+    const float* slot = args.logits + u64(row.slot) * args.vocab_stride + min(result.token, args.vocab_size - 1);
+    result.logit_base = slot[row.base_model * args.model_stride];
+    if (row.experts) result.logit_small = slot[args.small_model * args.model_stride];
+    for (u32 t = 0; t < row.experts; t++) {
+        result.logit_expert[t] = slot[(args.first_expert + t) * args.model_stride];
+    }
+    args.results[row_index] = result;
+}
+
+// Dynamic shared memory: a tile a warp; then (WARPS, lanes) partial states; then the merged lanes.
+template <u32 ROUNDS>
+__device__ void fuse(const FuseArgs& args) {
+    extern __shared__ double memory[];
+    __shared__ u32 ticket;
+    const u32 row_index = blockIdx.y, slices = gridDim.x, slice = blockIdx.x;
+    const FuseRow& row = args.rows[row_index];
+    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const FuseLane* lanes = args.lanes + row.first_lane;
+    const Partial nothing = {-INFINITE, 0, 0, 0, -INFINITE, 0};
+
+    FuseLane mine[ROUNDS];
+    Partial states[ROUNDS];
+#pragma unroll
+    for (u32 r = 0; r < ROUNDS; r++) {
+        states[r] = nothing;
+        const u32 index = r * WARP + lane;
+        mine[r] = index < row.lane_count ? lanes[index] : FuseLane{0, 0, NO_DIRECTION};
+    }
+    const Tile tile = {reinterpret_cast<float*>(memory) + warp * Tile::size(row.experts), row.experts};
+    const u32 end = min(args.vocab_size, (slice + 1) * args.slice);
+    for (u32 first = slice * args.slice + warp * WARP; first < end; first += WARPS * WARP) {
+        __syncwarp();
+        load(args, row, tile, first + lane, row_index);
+        __syncwarp();
+#pragma unroll
+        for (u32 r = 0; r < ROUNDS; r++) walk(row, tile, mine[r], first, states[r]);
+    }
+
+    __syncthreads();
+    Partial* of_warps = reinterpret_cast<Partial*>(memory);
+#pragma unroll
+    for (u32 r = 0; r < ROUNDS; r++) {
+        const u32 index = r * WARP + lane;
+        if (index < row.lane_count) of_warps[warp * row.lane_count + index] = states[r];
+    }
+    __syncthreads();
+    Partial* of_slices = args.partial + u64(row_index) * slices * args.lane_stride;
+    for (u32 index = threadIdx.x; index < row.lane_count; index += blockDim.x) {
+        Partial sum = of_warps[index];
+        for (u32 w = 1; w < WARPS; w++) merge(sum, of_warps[w * row.lane_count + index]);
+        of_slices[slice * args.lane_stride + index] = sum;
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) ticket = atomicAdd(args.tickets + row_index, 1);
+    __syncthreads();
+    if (ticket != slices - 1) return;
+    __threadfence();
+
+    Merged* merged = reinterpret_cast<Merged*>(memory);
+    for (u32 index = threadIdx.x; index < row.lane_count; index += blockDim.x) {
+        Partial top = nothing;
+        for (u32 s = 0; s < slices; s++) {
+            const Partial part = read(of_slices + s * args.lane_stride + index);
+            if (part.m > top.m) top.m = part.m, top.best = part.best;
+            if (part.key > top.key) top.key = part.key, top.drawn = part.drawn;
+        }
+        double sum = 0, weighted = 0;
+        for (u32 s = 0; s < slices && top.m > -INFINITE; s++) {
+            const Partial part = read(of_slices + s * args.lane_stride + index);
+            const double weight = exp(double(part.m) - double(top.m));
+            sum += weight * part.s;
+            weighted += weight * part.u;
+        }
+        merged[index] = {double(top.m) + log(sum), weighted / sum, top.best, top.drawn, lanes[index].alpha, sum == 0};
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        decide(args, row, merged, row_index);
+        args.tickets[row_index] = 0;
+    }
+}
+
+#define FUSE(ROUNDS) \
+    extern "C" __global__ __launch_bounds__(256) void fuse_##ROUNDS(const FuseArgs args) { fuse<ROUNDS>(args); }
+
+FUSE(1) FUSE(2) FUSE(4) FUSE(9)

@@ -1,0 +1,315 @@
+//! The kernel against the CPU's fusion, which is held against the f64 definition, on the virtual GPU with its
+//! sanitizers on.
+
+use std::sync::Arc;
+
+use super::*;
+use crate::backend::cpu::fuse::{Fuser, sequential};
+use crate::backend::cuda::tests::virtual_gpu;
+use crate::backend::cuda::weights::stride;
+use crate::config::LlamaConfig;
+use crate::fusion::{AlphaGrid, DynamicRule, Logits};
+use crate::model::LlamaModel;
+use crate::sampling::SamplingParams;
+use crate::weights::{Dtype, LlamaWeights};
+
+/// An ensemble that is nothing but its roles and its vocabulary.
+fn ensemble(experts: usize, vocab_size: usize) -> Ensemble {
+    let json = format!(
+        r#"{{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2, "intermediate_size": 2,
+            "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": {vocab_size}, "rope_theta": 1e4,
+            "max_position_embeddings": 16, "rms_norm_eps": 1e-5, "hidden_act": "silu"}}"#
+    );
+    let config = Arc::new(LlamaConfig::from_json("config.json".as_ref(), &json, None).unwrap());
+    let weights = Arc::new(LlamaWeights::random(&config, Dtype::F32, 1));
+    let roles = [Role::Large, Role::Small].into_iter().chain((0..experts).map(Role::Expert));
+    let model = |role: Role| LlamaModel {
+        role,
+        name: role.to_string(),
+        path: "memory".into(),
+        config: Arc::clone(&config),
+        weights: Arc::clone(&weights),
+        adapter: None,
+    };
+    Ensemble::from_models(roles.map(model).collect()).unwrap()
+}
+
+/// Uniform numbers in −½ … ½.
+struct Uniform(u64);
+
+impl Uniform {
+    fn next(&mut self) -> f32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 40) as f32 / (1_u64 << 24) as f32 - 0.5
+    }
+
+    fn normal(&mut self, scale: f32) -> f32 {
+        (self.next() + self.next() + self.next() + self.next()) * 1.7 * scale
+    }
+}
+
+/// `(models, slots, vocab_size)`: a small model that resembles the large one, experts that resemble the small one.
+fn random_logits(experts: usize, slots: usize, vocab_size: usize, seed: u64) -> Vec<Vec<Vec<f32>>> {
+    let mut uniform = Uniform(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+    let mut models = vec![vec![vec![0.0; vocab_size]; slots]; 2 + experts];
+    for slot in 0..slots {
+        for token in 0..vocab_size {
+            let large = uniform.normal(3.0);
+            let small = 0.8 * large + uniform.normal(1.5);
+            models[0][slot][token] = large;
+            models[1][slot][token] = small;
+            for expert in &mut models[2..] {
+                expert[slot][token] = small + uniform.normal(1.0);
+            }
+        }
+    }
+    models
+}
+
+/// What the kernel and the CPU decide, for one row a slot.
+struct Both {
+    device: Vec<Result<Decision>>,
+    host: Vec<Result<Decision>>,
+    launches: usize,
+}
+
+fn fuse_both(models: &[Vec<Vec<f32>>], rows: &[FuseRow<'_>]) -> Both {
+    let (slots, vocab_size) = (models[0].len(), models[0][0].len());
+    let ensemble = ensemble(models.len() - 2, vocab_size);
+    let (device, gpu) = virtual_gpu("a100");
+    let stream = gpu.stream().unwrap();
+    let vocab_stride = stride(vocab_size);
+    // NaN between the rows: whoever reads it shows it.
+    let mut numbers = vec![f32::NAN; models.len() * slots * vocab_stride];
+    for (row, to) in models.iter().flatten().zip(numbers.chunks_mut(vocab_stride)) {
+        to[..vocab_size].copy_from_slice(row);
+    }
+    let logits = gpu.upload(&stream, &numbers, "logits").unwrap();
+    let place = LogitsPlace { address: logits.address(), vocab_size, vocab_stride, slots };
+    let mut fuser = DeviceFuser::new(&gpu, &stream, &ensemble, place).unwrap();
+    device.clear();
+    let on_device = fuser.fuse(&gpu, &stream, &ensemble, rows).unwrap();
+    let launches = device.launches().len();
+    // The launch leaves tickets as it found them: it can be repeated, and gives the same.
+    let again = fuser.fuse(&gpu, &stream, &ensemble, rows).unwrap();
+    for (first, second) in on_device.iter().zip(&again) {
+        assert_eq!(first.as_ref().ok(), second.as_ref().ok());
+    }
+    assert_eq!(device.reports(), []);
+    let of_row = |row: usize| Logits {
+        large: Some(&models[0][rows[row].slot]),
+        small: Some(&models[1][rows[row].slot]),
+        experts: models[2..].iter().map(|expert| &expert[rows[row].slot][..]).collect(),
+    };
+    let mut host = Vec::new();
+    Fuser::new().fuse(&mut sequential, rows, &of_row, &mut host);
+    Both { device: on_device, host, launches }
+}
+
+/// Both are f32 sums of up to a few thousand terms a part, with logits of the order of ten: 1e-6 of rounding in each
+/// logarithm, and twice that in a difference.
+fn assert_close(a: f64, b: f64, what: &str) {
+    assert!((a - b).abs() <= 1e-5 * (1.0 + b.abs()) || a == b, "{what}: {a} and {b}");
+}
+
+fn assert_alike(a: &Decision, b: &Decision, what: &str) {
+    assert_eq!((a.token, a.argmax_fused), (b.token, b.argmax_fused), "{what}");
+    assert_eq!((a.expert, &a.alpha), (b.expert, &b.alpha), "{what}");
+    assert_eq!((a.argmax_large, &a.argmax_expert), (b.argmax_large, &b.argmax_expert), "{what}");
+    let optional = |x: Option<f64>| x.unwrap_or(f64::MAX);
+    let pairs = [
+        (a.logprob_fused, b.logprob_fused),
+        (optional(a.loss), optional(b.loss)),
+        (optional(a.kl_fused_large), optional(b.kl_fused_large)),
+        (optional(a.kl_large_fused), optional(b.kl_large_fused)),
+        (optional(a.logprob_large), optional(b.logprob_large)),
+        (optional(a.logprob_small), optional(b.logprob_small)),
+    ];
+    for (index, (a, b)) in pairs.into_iter().enumerate() {
+        assert_close(a, b, &format!("{what}, number {index}"));
+    }
+    for (a, b) in [
+        (&a.kl_expert_small, &b.kl_expert_small),
+        (&a.kl_small_expert, &b.kl_small_expert),
+        (&a.logprob_expert, &b.logprob_expert),
+    ] {
+        assert_eq!(a.len(), b.len(), "{what}");
+        a.iter().zip(b.iter()).for_each(|(a, b)| assert_close(*a, *b, what));
+    }
+}
+
+fn greedy() -> SamplingParams {
+    SamplingParams::default()
+}
+
+fn sample(params: &SamplingParams) -> Choice<'_> {
+    Choice::Sample { params, history: &[], generated: 0, banned: &[] }
+}
+
+#[test]
+fn every_rule_decides_as_on_the_cpu() {
+    let params = greedy();
+    for (experts, vocab_size) in [(1, 1), (1, 31), (2, 111), (8, 300), (1, 3000), (3, 2049)] {
+        let models = random_logits(experts, 9, vocab_size, (experts * 1000 + vocab_size) as u64);
+        let uneven = AlphaGrid::new(-0.5, 2.6, 0.1, true).unwrap();
+        let grids =
+            DynamicRule { grids: (0..experts).map(|_| uneven.clone()).collect(), ..DynamicRule::default() };
+        let rules = [
+            FusionRule::default(),
+            FusionRule::Dynamic(DynamicRule { objective: Objective::Forward, ..DynamicRule::default() }),
+            FusionRule::Dynamic(DynamicRule { objective: Objective::Reverse, ..grids }),
+            FusionRule::Static((0..experts).map(|t| 1.3 - 0.4 * t as f64).collect()),
+            FusionRule::Large,
+            FusionRule::Small,
+            FusionRule::Expert(experts - 1),
+            FusionRule::default(),
+            FusionRule::default(),
+        ];
+        let rows: Vec<FuseRow<'_>> = rules
+            .iter()
+            .enumerate()
+            .map(|(slot, rule)| FuseRow {
+                slot,
+                step: slot,
+                rule,
+                held: (slot == 7).then_some((experts - 1, 0.7)),
+                choice: if slot == 8 { Choice::Forced((vocab_size / 2) as u32) } else { sample(&params) },
+            })
+            .collect();
+        let Both { device, host, launches } = fuse_both(&models, &rows);
+        assert_eq!(launches, 1, "all rows, whatever they ask for");
+        for (slot, (device, host)) in device.iter().zip(&host).enumerate() {
+            let what = format!("{experts} experts, {vocab_size} tokens, row {slot}");
+            assert_alike(device.as_ref().unwrap(), host.as_ref().unwrap(), &what);
+        }
+    }
+}
+
+#[test]
+fn the_identities_hold() {
+    let params = greedy();
+    let rule = FusionRule::default();
+    let mut models = random_logits(1, 3, 700, 5);
+    // Row 0: large = small, so P̃ = Q_t at α = 1; row 1: expert = small, so α = 0; row 2: two constants added.
+    models[0][0] = models[1][0].clone();
+    models[2][1] = models[1][1].clone();
+    let row = |slot| FuseRow { slot, step: 0, rule: &rule, held: None, choice: sample(&params) };
+    let both = fuse_both(&models, &[row(0), row(1), row(2)]);
+    let decisions: Vec<_> = both.device.iter().map(|decision| decision.as_ref().unwrap().clone()).collect();
+    assert_eq!(decisions[0].alpha[0], 1.0);
+    assert!(decisions[0].loss.unwrap() < 1e-9);
+    assert_eq!(decisions[0].argmax_fused, decisions[0].argmax_expert[0]);
+    assert_eq!((decisions[1].alpha[0], decisions[1].loss), (0.0, Some(0.0)));
+    assert_eq!(decisions[1].argmax_fused, decisions[1].argmax_large.unwrap());
+    models[0][2].iter_mut().for_each(|x| *x += 8.0);
+    models[2][2].iter_mut().for_each(|x| *x -= 16.0);
+    let moved = fuse_both(&models, &[row(2)]).device.remove(0).unwrap();
+    assert_eq!((moved.token, &moved.alpha), (decisions[2].token, &decisions[2].alpha));
+    assert_close(moved.loss.unwrap(), decisions[2].loss.unwrap(), "a constant changes nothing");
+}
+
+#[test]
+fn excluded_and_broken_logits() {
+    let params = greedy();
+    let rule = FusionRule::default();
+    let mut models = random_logits(2, 4, 333, 8);
+    // Row 0: the best tokens are excluded by any of the models; row 1: NaN; row 2: nothing is left; row 3: +∞.
+    for model in 0..4 {
+        let best = (0..333).max_by(|&a, &b| models[0][0][a].total_cmp(&models[0][0][b])).unwrap();
+        models[model][0][best] = f32::NEG_INFINITY;
+        models[0][0][best] = f32::NEG_INFINITY;
+    }
+    models[3][1][200] = f32::NAN;
+    models[1][2].fill(f32::NEG_INFINITY);
+    models[0][3][5] = f32::INFINITY;
+    let row = |slot| FuseRow { slot, step: 6, rule: &rule, held: None, choice: sample(&params) };
+    let both = fuse_both(&models, &[row(0), row(1), row(2), row(3)]);
+    assert_alike(both.device[0].as_ref().unwrap(), both.host[0].as_ref().unwrap(), "excluded");
+    let not_finite = |decision: &Result<Decision>| match decision {
+        Err(Error::NotFinite { role, step, token, .. }) => Some((*role, *step, *token)),
+        _ => None,
+    };
+    assert_eq!(not_finite(&both.device[1]), Some((Role::Expert(1), 6, 200)));
+    assert!(matches!(both.device[2], Err(Error::NoCandidate { step: 6 })), "{:?}", both.device[2]);
+    assert_eq!(not_finite(&both.device[3]), Some((Role::Large, 6, 5)));
+    for (device, host) in both.device.iter().zip(&both.host).skip(1) {
+        assert_eq!(not_finite(device), not_finite(host));
+    }
+}
+
+#[test]
+fn wide_logits_and_differences() {
+    let params = greedy();
+    let rule = FusionRule::default();
+    let mut models = random_logits(1, 2, 500, 11);
+    // Logits up to 1e4, differences of hundreds: far from any f32 exponential's range.
+    for model in 0..3 {
+        models[model][0].iter_mut().for_each(|x| *x *= 1000.0);
+        models[model][1].iter_mut().enumerate().for_each(|(i, x)| *x += (i % 7) as f32 * 60.0 * model as f32);
+    }
+    let row = |slot| FuseRow { slot, step: 0, rule: &rule, held: None, choice: sample(&params) };
+    let both = fuse_both(&models, &[row(0), row(1)]);
+    for (device, host) in both.device.iter().zip(&both.host) {
+        let (device, host) = (device.as_ref().unwrap(), host.as_ref().unwrap());
+        assert_eq!((device.token, &device.alpha), (host.token, &host.alpha));
+        // f32 holds logits of 1e4 to 5e-4, and each number is a difference of a few.
+        let (a, b) = (device.loss.unwrap().sqrt(), host.loss.unwrap().sqrt());
+        assert!((a - b).abs() < 5e-3 * (1.0 + b), "{a} and {b}");
+    }
+}
+
+#[test]
+fn the_same_seed_draws_the_same_token() {
+    let rule = FusionRule::default();
+    let models = random_logits(2, 1, 1500, 21);
+    let params: Vec<SamplingParams> = (0..24)
+        .map(|seed| SamplingParams {
+            temperature: 0.3 + 0.1 * (seed % 12) as f32,
+            seed: seed * 77 + 1,
+            ..greedy()
+        })
+        .collect();
+    let rows: Vec<FuseRow<'_>> = params
+        .iter()
+        .enumerate()
+        .map(|(step, params)| FuseRow { slot: 0, step, rule: &rule, held: None, choice: sample(params) })
+        .collect();
+    let rows = &rows[..1];
+    let mut tokens = std::collections::BTreeSet::new();
+    for row in rows.iter().chain(&[]) {
+        let both = fuse_both(&models, &[*row]);
+        tokens.insert(both.device[0].as_ref().unwrap().token);
+        assert_eq!(both.device[0].as_ref().unwrap().token, both.host[0].as_ref().unwrap().token);
+    }
+}
+
+#[test]
+fn each_logit_is_read_once() {
+    let params = greedy();
+    let rule = FusionRule::default();
+    for (experts, vocab_size, most) in [(1, 32_000, 1.3), (2, 32_000, 1.3)] {
+        let models = random_logits(experts, 1, vocab_size, 3);
+        let row = FuseRow { slot: 0, step: 0, rule: &rule, held: None, choice: sample(&params) };
+        let ensemble = ensemble(experts, vocab_size);
+        let (device, gpu) = virtual_gpu("h100");
+        let stream = gpu.stream().unwrap();
+        let numbers: Vec<f32> = models.iter().flatten().flatten().copied().collect();
+        let logits = gpu.upload(&stream, &numbers, "logits").unwrap();
+        let place = LogitsPlace { address: logits.address(), vocab_size, vocab_stride: vocab_size, slots: 1 };
+        let mut fuser = DeviceFuser::new(&gpu, &stream, &ensemble, place).unwrap();
+        device.clear();
+        fuser.fuse(&gpu, &stream, &ensemble, &[row]).unwrap().remove(0).unwrap();
+        let launches = device.launches();
+        assert_eq!(launches.len(), 1);
+        let counters = launches[0].counters;
+        let needed = ((2 + experts) * vocab_size * size_of::<f32>()) as f64;
+        let moved = (counters.global_load_bytes + counters.global_store_bytes) as f64;
+        assert!(
+            moved >= needed && moved <= most * needed,
+            "{experts} experts: {} of {needed}",
+            moved / needed
+        );
+    }
+}
