@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compiles kernels/*.cu to the images in kernels/ptx, and assembles them for every chip.
 
-    tools/build_kernels.py            compile what changed, write kernels/ptx and its MANIFEST
+    tools/build_kernels.py            compile what changed, write kernels/ptx, its MANIFEST and README.md
     tools/build_kernels.py --check    fail where an image isn't what its sources give, or ptxas refuses one
 
 Needs Python 3 and nothing of CUDA: the compiler comes from PyPI (tools/requirements-kernels.txt) into --venv. No GPU.
@@ -12,6 +12,8 @@ each chip as the driver will, checks what NVRTC doesn't (inline PTX) and tells r
 import argparse
 import concurrent.futures
 import ctypes
+import hashlib
+import inspect
 import json
 import re
 import subprocess
@@ -20,11 +22,17 @@ import tempfile
 import venv
 from pathlib import Path
 
+import kernel_table
+
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
 IMAGES = KERNELS / "ptx"
+README = KERNELS / "README.md"
 MANIFEST = IMAGES / "MANIFEST"
+REPORTS = ROOT / "target" / "ptxas"
 REQUIREMENTS = ROOT / "tools" / "requirements-kernels.txt"
+PARTS = ["cuda_nvrtc", "cuda_runtime", "cuda_nvcc", "cu13"]
+LISTED = "sm_90"
 CHIPS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 
 
@@ -42,7 +50,7 @@ def toolchain(path: Path) -> Path:
     if not python.exists():
         venv.create(path, with_pip=True)
     found = sorted(path.glob("lib/python3*/site-packages/nvidia"))
-    if not (found and all((found[0] / part).is_dir() for part in ["cuda_nvrtc", "cuda_runtime", "cuda_nvcc"])):
+    if not (found and all((found[0] / part).is_dir() for part in PARTS)):
         command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "-r", REQUIREMENTS]
         subprocess.run(command, check=True)
         found = sorted(path.glob("lib/python3*/site-packages/nvidia"))
@@ -83,27 +91,45 @@ class Nvrtc:
             sys.exit(f"{function}: error {result}")
 
 
-def assemble(ptxas: Path, image: Path, chip: str) -> list[dict]:
-    """Registers, memory and spills of every kernel of `image` on `chip`; exits where ptxas refuses it."""
+def assemble(packages: Path, image: Path, chip: str) -> list[dict]:
+    """Registers, memory and spills of every kernel of `image` on `chip`; exits where ptxas refuses it.
+
+    It takes minutes for all, so what an image gave stays in target/ptxas, by the hash of image, compilers and this function.
+    """
+    how = inspect.getsource(assemble) + inspect.getsource(kernel_table.listing)
+    key = hashlib.sha256(image.read_bytes() + REQUIREMENTS.read_bytes() + how.encode()).hexdigest()
+    known = REPORTS / f"{image.stem}.{chip}.{key[:16]}.json"
+    if known.exists():
+        return json.loads(known.read_text())
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        command = [ptxas, "-v", f"-arch={chip}", str(image), "-o", cubin.name]
+        command = [packages / "cuda_nvcc" / "bin" / "ptxas", "-v", f"-arch={chip}", str(image), "-o", cubin.name]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        sys.exit(f"{image.name} for {chip}:\n{run.stderr}")
+        if run.returncode != 0:
+            sys.exit(f"{image.name} for {chip}:\n{run.stderr}")
+        code = {}
+        if chip == LISTED:
+            command = [packages / "cu13" / "bin" / "nvdisasm", "-c", cubin.name]
+            code = kernel_table.listing(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     kernels = []
     for block in run.stderr.split("Compiling entry function ")[1:]:
         number = lambda pattern: int((re.search(pattern, block) or [0, 0])[1])
+        name = re.match(r"'(\w+)'", block)[1]
         kernels.append(
             {
                 "module": image.stem,
-                "kernel": re.match(r"'(\w+)'", block)[1],
+                "kernel": name,
                 "chip": chip,
                 "registers": number(r"Used (\d+) registers"),
                 "shared": number(r"(\d+) bytes smem"),
                 "stack": number(r"(\d+) bytes stack frame"),
                 "spills": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+                "code": code.get(name),
             }
         )
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    for old in REPORTS.glob(f"{image.stem}.{chip}.*.json"):
+        old.unlink()
+    known.write_text(json.dumps(kernels, indent=1) + "\n")
     return kernels
 
 
@@ -143,10 +169,9 @@ def main() -> None:
 
     if arguments.only_compile:
         return
-    ptxas = packages / "cuda_nvcc" / "bin" / "ptxas"
     jobs = [(path, chip) for path in expected if path.suffix == ".ptx" for chip in CHIPS]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        reports = [row for rows in pool.map(lambda job: assemble(ptxas, *job), jobs) for row in rows]
+        reports = [row for rows in pool.map(lambda job: assemble(packages, *job), jobs) for row in rows]
     if arguments.json:
         arguments.json.write_text(json.dumps(reports, indent=1) + "\n")
     for row in sorted(reports, key=lambda row: (row["module"], row["kernel"])):
@@ -155,6 +180,11 @@ def main() -> None:
     spilled = sorted({row["kernel"] for row in reports if row["spills"] or row["stack"]})
     if spilled:
         sys.exit(f"spills or local memory in {', '.join(spilled)}")
+    text = kernel_table.table(KERNELS, reports)
+    if not arguments.check:
+        README.write_text(text, encoding="utf-8")
+    elif not README.exists() or README.read_text(encoding="utf-8") != text:
+        sys.exit("kernels/README.md is not what the sources give\nrun tools/build_kernels.py")
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ pub enum Call {
     Any,
     /// Allocations of device or pinned memory.
     Allocate,
-    /// Launches of kernels and graphs.
+    /// Launches of kernels, launches and uploads of graphs.
     Launch,
     /// Copies and fills.
     Copy,
-    /// Loads of modules and look-ups in them.
+    /// Loads of modules, look-ups in them, instantiations of graphs.
     Module,
     /// Waiting.
     Synchronise,

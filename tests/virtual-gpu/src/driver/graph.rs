@@ -50,6 +50,10 @@ entry! {
         match number {
             Ok(number) => give(graph, handle(ordinal, Kind::Graph, number)),
             Err(code) => {
+                on_device(ordinal, |d| {
+                    abandon(d, id);
+                    Ok(())
+                })?;
                 give(graph, std::ptr::null_mut())?;
                 Err(code)
             }
@@ -87,7 +91,7 @@ entry! {
 
     fn cuGraphUpload(executable: Handle, _stream: Handle) {
         let (ordinal, id) = open(executable, Kind::Executable)?;
-        perform(ordinal, "cuGraphUpload", Call::Query, |d| {
+        perform(ordinal, "cuGraphUpload", Call::Launch, |d| {
             d.executables.get(&id).map(|_| ()).ok_or(code::INVALID_HANDLE)
         })
     }
@@ -114,6 +118,20 @@ entry! {
         perform(ordinal, "cuGraphDestroy", Call::Query, |d| {
             d.graphs.remove(&id).map(|_| ()).ok_or(code::INVALID_HANDLE)
         })
+    }
+}
+
+/// Ends the capture that began in a stream, whatever went wrong: the stream works again, the graph is lost.
+fn abandon(d: &mut crate::device::Device, id: u64) {
+    let capture = d.streams.get(&id).and_then(|s| s.capture.as_ref()).map(|c| c.0);
+    let Some(capture) = capture.filter(|c| d.captures.get(c).is_some_and(|found| found.origin == id)) else {
+        return;
+    };
+    d.captures.remove(&capture);
+    for stream in d.streams.values_mut() {
+        if stream.capture.as_ref().is_some_and(|c| c.0 == capture) {
+            stream.capture = None;
+        }
     }
 }
 

@@ -1,9 +1,8 @@
 //! Values that come from the launch: special registers and parameters.
 
-use super::Machine;
 use super::address::{addresses, lanes};
-use crate::exec::Fault;
-use crate::program::{Flow, Inst};
+use super::{Fault, Machine};
+use crate::program::{Access, Flow, Inst};
 use crate::sanitizer::Kind;
 
 const NAMES: [&str; 31] = [
@@ -102,78 +101,74 @@ pub unsafe fn special(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
 /// See [`crate::program::Handler`].
 pub unsafe fn parameter(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     let access = m.kernel.accesses[i.ext as usize].clone();
-    let bytes = access.bytes as usize;
     for e in 0..access.count as usize {
-        let from = i.imm as usize + e * bytes;
-        let mut raw = [0u8; 8];
         // The decoder checked that the range lies inside the kernel's parameters.
-        if let Some(part) = m.shape.params.get(from..from + bytes) {
-            raw[..bytes].copy_from_slice(part);
-        }
-        let mut value = u64::from_le_bytes(raw);
-        if access.signed {
-            let shift = 64 - 8 * access.bytes;
-            value = ((value << shift) as i64 >> shift) as u64;
-        }
-        if access.slots[e] == crate::program::SINK {
-            continue;
-        }
+        let value = parameter_value(m, &access, i.imm as usize + e * access.bytes as usize);
         // SAFETY: the slot comes from the decoder.
-        unsafe {
-            let dst = m.slot(access.slots[e]);
-            for lane in lanes(mask) {
-                if access.wide {
-                    *dst.cast::<u64>().add(lane) = value;
-                } else {
-                    *dst.add(lane) = value as u32;
-                }
-            }
-        }
+        unsafe { put(m, &access, e, mask, |_| value) };
     }
     Flow::Next
 }
 
-/// `ld.param` at the address in a register: base `a`, which is 64-bit where `c` is not 0, access `ext`, offset `imm`.
+/// `ld.param` through a register: access `ext`, base `a` (64-bit if `c`), offset `imm`. A lane's address counts from
+/// the first parameter.
 ///
 /// # Safety
 /// See [`crate::program::Handler`].
 pub unsafe fn parameter_at(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     let access = m.kernel.accesses[i.ext as usize].clone();
-    let bytes = access.bytes as usize;
     // SAFETY: the slot comes from the decoder, which knows its width.
     let at = unsafe { addresses(m, i.a, i.c != 0, i.imm) };
+    let (len, limit) = (access.bytes * access.count, m.shape.params.len() as u64);
     for lane in lanes(mask) {
-        for (e, &slot) in access.slots.iter().enumerate().take(access.count as usize) {
-            let from = usize::try_from(at[lane]).unwrap_or(usize::MAX).saturating_add(e * bytes);
-            let mut raw = [0u8; 8];
-            match m.shape.params.get(from..from.saturating_add(bytes)) {
-                Some(part) => raw[..bytes].copy_from_slice(part),
-                None => {
-                    let text = format!(
-                        "{bytes} bytes at {from} of the kernel's {} bytes of parameters",
-                        m.shape.params.len()
-                    );
-                    return m.fail(Kind::OutOfBounds, Fault::IllegalAddress, i, lane as u32, text);
-                }
-            }
-            let mut value = u64::from_le_bytes(raw);
-            if access.signed {
-                let shift = 64 - 8 * access.bytes;
-                value = ((value << shift) as i64 >> shift) as u64;
-            }
-            if slot == crate::program::SINK {
-                continue;
-            }
-            // SAFETY: as above.
-            unsafe {
-                let dst = m.slot(slot);
-                if access.wide {
-                    *dst.cast::<u64>().add(lane) = value;
-                } else {
-                    *dst.add(lane) = value as u32;
-                }
+        let text = || format!("load of {len} bytes at {} of {limit} bytes of parameters", at[lane] as i64);
+        if at[lane].checked_add(u64::from(len)).is_none_or(|end| end > limit) {
+            return m.fail(Kind::OutOfBounds, Fault::IllegalAddress, i, lane as u32, text());
+        }
+        if !at[lane].is_multiple_of(u64::from(len)) {
+            return m.fail(Kind::Misaligned, Fault::Misaligned, i, lane as u32, text());
+        }
+    }
+    for e in 0..access.count as usize {
+        let values: [u64; 32] = std::array::from_fn(|lane| match mask >> lane & 1 {
+            0 => 0,
+            _ => parameter_value(m, &access, at[lane] as usize + e * access.bytes as usize),
+        });
+        // SAFETY: as above.
+        unsafe { put(m, &access, e, mask, |lane| values[lane]) };
+    }
+    Flow::Next
+}
+
+/// One element at `from` of the launch's parameters.
+fn parameter_value(m: &Machine, access: &Access, from: usize) -> u64 {
+    let bytes = access.bytes as usize;
+    let mut raw = [0u8; 8];
+    if let Some(part) = m.shape.params.get(from..from + bytes) {
+        raw[..bytes].copy_from_slice(part);
+    }
+    let value = u64::from_le_bytes(raw);
+    let shift = 64 - 8 * access.bytes;
+    if access.signed { ((value << shift) as i64 >> shift) as u64 } else { value }
+}
+
+/// Puts element `e` of an access into its register.
+///
+/// # Safety
+/// The access must be the running kernel's.
+unsafe fn put(m: &Machine, access: &Access, e: usize, mask: u32, value: impl Fn(usize) -> u64) {
+    if access.slots[e] == crate::program::SINK {
+        return;
+    }
+    // SAFETY: the slot comes from the decoder, which knows its width.
+    unsafe {
+        let dst = m.slot(access.slots[e]);
+        for lane in lanes(mask) {
+            if access.wide {
+                *dst.cast::<u64>().add(lane) = value(lane);
+            } else {
+                *dst.add(lane) = value(lane) as u32;
             }
         }
     }
-    Flow::Next
 }

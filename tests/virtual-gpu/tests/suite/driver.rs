@@ -328,6 +328,69 @@ fn errors_strike_where_they_are_injected() {
 }
 
 #[test]
+fn errors_strike_launches_and_every_call_of_a_graph() {
+    let t = gpu_with("a100", STEP);
+    let stream = t.context.new_stream().unwrap();
+    let (x, f, n) = (stream.alloc_zeros::<u32>(1).unwrap(), t.kernel("step"), 1u32);
+    let launch = || {
+        let mut b = stream.launch_builder(&f);
+        b.arg(&x).arg(&x).arg(&n);
+        code(unsafe { b.launch(ONE) })
+    };
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    let flags = sys::CUgraphInstantiate_flags(0);
+    let (error, fine) = (CUresult::CUDA_ERROR_ILLEGAL_STATE, CUresult::CUDA_SUCCESS);
+
+    t.gpu.inject(Call::Launch, 1, error as i32);
+    assert_eq!((launch(), launch()), (error, fine));
+    t.gpu.inject(Call::Stream, 1, error as i32);
+    assert_eq!(code(stream.begin_capture(mode)), error);
+    // The second call of the capture is its end, which ends it all the same: the stream works afterwards.
+    t.gpu.inject(Call::Stream, 2, error as i32);
+    stream.begin_capture(mode).unwrap();
+    assert_eq!(launch(), fine);
+    assert_eq!(code(stream.end_capture(flags).map(|_| ())), error);
+    t.gpu.inject(Call::Module, 1, error as i32);
+    stream.begin_capture(mode).unwrap();
+    assert_eq!(launch(), fine);
+    assert_eq!(code(stream.end_capture(flags).map(|_| ())), error, "the instantiation fails");
+
+    stream.begin_capture(mode).unwrap();
+    assert_eq!(launch(), fine);
+    let graph = stream.end_capture(flags).unwrap().unwrap();
+    for call in [|g: &cudarc::driver::CudaGraph| g.upload(), |g: &cudarc::driver::CudaGraph| g.launch()] {
+        t.gpu.inject(Call::Launch, 1, error as i32);
+        assert_eq!(code(call(&graph)), error);
+        assert_eq!(code(call(&graph)), fine);
+    }
+    t.gpu.inject(Call::Allocate, 1, CUresult::CUDA_ERROR_OUT_OF_MEMORY as i32);
+    let pinned = unsafe { t.context.alloc_pinned::<u32>(1) };
+    assert_eq!(code(pinned.map(|_| ())), CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+    assert_eq!(stream.clone_dtoh(&x).unwrap(), [2], "one launch, and one of the graph");
+    t.clean();
+}
+
+/// NVRTC 12.9's PTX of the same source for compute_90.
+const NEWER: &str = include_str!("../fixtures/kernels_newer.ptx");
+
+#[test]
+fn a_newer_compilers_dialect_loads() {
+    let t = gpu("h100");
+    let kernels = |ptx: &str| {
+        let names = ptx.lines().filter_map(|line| line.strip_prefix(".visible .entry "));
+        names.map(|name| name.trim_end_matches('(').to_string()).collect::<Vec<_>>()
+    };
+    // The version line lowered, as an image for this driver would have it.
+    let module =
+        t.context.load_module(Ptx::from_src(NEWER.replacen(".version 8.8", ".version 8.0", 1))).unwrap();
+    assert_eq!(kernels(NEWER), kernels(FIXTURES));
+    assert!(!kernels(NEWER).is_empty());
+    for name in kernels(NEWER) {
+        assert!(module.load_function(&name).is_ok(), "{name}");
+    }
+}
+
+#[test]
 fn counters_repeat_and_results_do_not_depend_on_the_order_of_blocks() {
     let run = |seed: u64| {
         let t = gpu("a100");

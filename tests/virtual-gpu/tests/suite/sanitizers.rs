@@ -48,6 +48,22 @@ fn caught(kind: Kind, error: sys::CUresult, broken: &str, mended: &str) -> Repor
 use sys::CUresult::{CUDA_ERROR_ILLEGAL_ADDRESS, CUDA_ERROR_LAUNCH_FAILED, CUDA_ERROR_MISALIGNED_ADDRESS};
 
 #[test]
+fn parameters_may_be_read_through_a_register() {
+    // An array of two addresses, each half of the threads its own: `in`, then `out`.
+    let load = |last: u32| {
+        format!(
+            "setp.lt.u32 %q, %t, 32; selp.u32 %w, 0, {last}, %q; mov.u64 %l, in; cvt.u64.u32 %x, %w; add.s64 %l, %l, %x;\n\
+             ld.param.u64 %l, [%l]; setp.eq.s64 %p, %l, %b; selp.u32 %v, 1, 0, %p;\n\
+             setp.ne.u32 %q, %v, 0; setp.ge.u32 %p, %t, 32; xor.pred %q, %p, %q; @%q trap;\nst.global.u32 [%o], %v;"
+        )
+    };
+    let r = caught(Kind::OutOfBounds, CUDA_ERROR_ILLEGAL_ADDRESS, &load(16), &load(8));
+    assert_eq!(r.thread, [32, 0, 0]);
+    assert!(r.message.contains("8 bytes at 16 of 16 bytes of parameters"), "{}", r.message);
+    caught(Kind::Misaligned, CUDA_ERROR_MISALIGNED_ADDRESS, &load(4), &load(8));
+}
+
+#[test]
 fn global_out_of_bounds_names_the_place() {
     let load = |offset: i32| format!("ld.global.u32 %v, [%i+{offset}];\nst.global.u32 [%o], %v;");
     let r = caught(Kind::OutOfBounds, CUDA_ERROR_ILLEGAL_ADDRESS, &load(4), &load(0));
