@@ -286,10 +286,18 @@ template <u32 ROUNDS>
 __device__ void fuse(const FuseArgs& args) {
     extern __shared__ double memory[];
     __shared__ u32 ticket;
+    __shared__ FuseRow row;
+    __shared__ FuseLane lanes[ROUNDS * WARP];
     const u32 row_index = blockIdx.y, slices = gridDim.x, slice = blockIdx.x;
-    const FuseRow& row = args.rows[row_index];
+    // Each block reads what it is to do once.
+    const auto copy = [](void* to, const void* from, u32 bytes) {
+        for (u32 i = threadIdx.x; i < bytes / 4; i += blockDim.x) static_cast<u32*>(to)[i] = static_cast<const u32*>(from)[i];
+    };
+    copy(&row, args.rows + row_index, sizeof(FuseRow));
+    __syncthreads();
+    copy(lanes, args.lanes + row.first_lane, row.lane_count * sizeof(FuseLane));
+    __syncthreads();
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const FuseLane* lanes = args.lanes + row.first_lane;
     const Partial nothing = {-INFINITE, 0, 0, 0, -INFINITE, 0};
 
     FuseLane mine[ROUNDS];
@@ -324,24 +332,31 @@ __device__ void fuse(const FuseArgs& args) {
         for (u32 w = 1; w < WARPS; w++) merge(sum, of_warps[w * row.lane_count + index]);
         of_slices[slice * args.lane_stride + index] = sum;
     }
-    __threadfence();
+    // The barrier brings the block's states to thread 0, whose fence brings them to the other blocks; the last block
+    // takes the same way back.
     __syncthreads();
-    if (threadIdx.x == 0) ticket = atomicAdd(args.tickets + row_index, 1);
+    if (threadIdx.x == 0) {
+        __threadfence();
+        ticket = atomicAdd(args.tickets + row_index, 1);
+        __threadfence();
+    }
     __syncthreads();
     if (ticket != slices - 1) return;
-    __threadfence();
 
     Merged* merged = reinterpret_cast<Merged*>(memory);
     for (u32 index = threadIdx.x; index < row.lane_count; index += blockDim.x) {
         Partial top = nothing;
+        double sum = 0, weighted = 0;
         for (u32 s = 0; s < slices; s++) {
             const Partial part = read(of_slices + s * args.lane_stride + index);
-            if (part.m > top.m) top.m = part.m, top.best = part.best;
+            if (part.m == -INFINITE) continue;
             if (part.key > top.key) top.key = part.key, top.drawn = part.drawn;
-        }
-        double sum = 0, weighted = 0;
-        for (u32 s = 0; s < slices && top.m > -INFINITE; s++) {
-            const Partial part = read(of_slices + s * args.lane_stride + index);
+            // Slices come in order of their tokens: where two tie, the first has the lower id.
+            if (part.m > top.m) {
+                const double factor = exp(double(top.m) - double(part.m));
+                sum *= factor, weighted *= factor;
+                top.m = part.m, top.best = part.best;
+            }
             const double weight = exp(double(part.m) - double(top.m));
             sum += weight * part.s;
             weighted += weight * part.u;
@@ -355,7 +370,7 @@ __device__ void fuse(const FuseArgs& args) {
     }
 }
 
-#define FUSE(ROUNDS) \
-    extern "C" __global__ __launch_bounds__(256) void fuse_##ROUNDS(const FuseArgs args) { fuse<ROUNDS>(args); }
+#define FUSE(ROUNDS, BLOCKS) \
+    extern "C" __global__ __launch_bounds__(256, BLOCKS) void fuse_##ROUNDS(const FuseArgs args) { fuse<ROUNDS>(args); }
 
-FUSE(1) FUSE(2) FUSE(4) FUSE(9)
+FUSE(1, 2) FUSE(2, 2) FUSE(4, 2) FUSE(9, 1)

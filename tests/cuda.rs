@@ -7,12 +7,15 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use dlf_engine::Ensemble;
-use dlf_engine::backend::Limits;
+use dlf_engine::SamplingParams;
 use dlf_engine::backend::cpu::{CpuBackend, CpuOptions};
 use dlf_engine::backend::cuda::{CudaBackend, CudaOptions};
+use dlf_engine::backend::{Backend, Limits};
+use dlf_engine::fusion::{DynamicRule, FusionRule, SearchMode};
 use dlf_engine::model::LlamaModel;
 use dlf_engine::weights::Dtype;
-use virtual_gpu::host::{Driver, Gpu};
+use dlf_engine::{Generator, Request, Step};
+use virtual_gpu::host::{Call, Driver, Gpu};
 
 #[path = "support/models.rs"]
 mod models;
@@ -116,4 +119,77 @@ fn a_long_context_is_split() {
         }
     }
     assert_eq!(gpu.reports(), []);
+}
+
+/// Steps of the demo ensemble under a rule, by one backend.
+fn decode(backend: Box<dyn Backend>, ensemble: &Arc<Ensemble>, requests: &[Request]) -> Vec<Step> {
+    let mut generator = Generator::new(Arc::clone(ensemble), backend);
+    for request in requests {
+        generator.push(request.clone()).unwrap();
+    }
+    let mut steps: Vec<Step> = generator.map(|step| step.unwrap()).collect();
+    steps.sort_by_key(|step| (step.request, step.index));
+    steps
+}
+
+#[test]
+fn the_demo_decodes_as_on_the_cpu() {
+    let ensemble = Arc::new(Ensemble::demo().unwrap());
+    let sampled = SamplingParams { temperature: 0.8, seed: 7, ..SamplingParams::default() };
+    let truncated = SamplingParams { top_k: 5, repetition_penalty: 1.1, ..sampled.clone() };
+    let refined = FusionRule::Dynamic(DynamicRule { mode: SearchMode::Refine, ..DynamicRule::default() });
+    let prompt = |seed: u32| (1..9).map(|i| 20 + (i * 37 + seed * 11) % 200).collect::<Vec<u32>>();
+    // Two prompts of different lengths under several rules, decoded together; some rows are decided by the kernel,
+    // others on the host.
+    let requests = [
+        Request::new(prompt(0), 4),
+        Request::new(prompt(1)[..3].to_vec(), 4).rule(FusionRule::Static(std::iter::once(1.2).collect())),
+        Request::new(prompt(2), 3).sampling(sampled),
+        Request::new(prompt(3), 3).sampling(truncated),
+        Request::new(prompt(4), 3).rule(refined),
+        Request::new(prompt(5), 3).rule(FusionRule::Large),
+        Request::score(prompt(6)),
+    ];
+    let limits = Limits { rows: 64, slots: 8, blocks: 16 };
+    let gpu = Driver::load().unwrap().device("rtx4090").unwrap();
+    let options = CudaOptions { ordinal: gpu.ordinal(), limits };
+    let cuda = CudaBackend::new(Arc::clone(&ensemble), options, &mut |_| {}).unwrap();
+    let found = decode(Box::new(cuda), &ensemble, &requests);
+    let cpu = CpuBackend::new(Arc::clone(&ensemble), CpuOptions { threads: 2, limits }).unwrap();
+    let expected = decode(Box::new(cpu), &ensemble, &requests);
+    assert_eq!(gpu.reports(), []);
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.iter().zip(&expected) {
+        let what = format!("request {}, step {}", expected.request, expected.index);
+        assert_eq!((found.token, &found.text), (expected.token, &expected.text), "{what}");
+        let (a, b) = (&found.decision, &expected.decision);
+        assert_eq!(a.expert, b.expert, "{what}");
+        for (a, b) in a.alpha.iter().zip(&b.alpha) {
+            // The refined α follows the rounding of logits; the grid's is one of twenty.
+            assert!((a - b).abs() < 1e-3, "{what}: alpha {a} and {b}");
+        }
+        // The bound for f32 weights; the demo's are 16-bit, but every sum is f32 on both.
+        assert!((a.logprob_fused - b.logprob_fused).abs() < 1e-4, "{what}");
+    }
+}
+
+#[test]
+fn a_gpu_that_fails_says_where_and_stays_failed() {
+    let ensemble = Arc::new(Ensemble::demo().unwrap());
+    let limits = Limits { rows: 16, slots: 2, blocks: 4 };
+    for call in [Call::Launch, Call::Copy] {
+        let gpu = Driver::load().unwrap().device("h100").unwrap();
+        let options = CudaOptions { ordinal: gpu.ordinal(), limits };
+        let cuda = CudaBackend::new(Arc::clone(&ensemble), options, &mut |_| {}).unwrap();
+        // CUDA_ERROR_LAUNCH_FAILED.
+        gpu.inject(call, 2, 719);
+        let mut generator = Generator::new(Arc::clone(&ensemble), Box::new(cuda));
+        generator.push(Request::new(vec![5, 6, 7], 2)).unwrap();
+        let message = generator.next().unwrap().unwrap_err().to_string();
+        assert!(message.contains("CUDA_ERROR_LAUNCH_FAILED"), "{call:?}: {message}");
+        assert!(message.starts_with(&format!("cuda:{}: ", gpu.ordinal())), "{call:?}: {message}");
+        // The context is not trusted again: the same failure, and nothing hangs.
+        generator.push(Request::new(vec![5, 6, 7], 2)).unwrap();
+        assert_eq!(generator.next().unwrap().unwrap_err().to_string(), message);
+    }
 }

@@ -197,9 +197,15 @@ impl Backend for CudaBackend {
         let on_host = self.fuse_on_host(&host)?;
         let (mut on_device, mut on_host) = (on_device.into_iter(), on_host.into_iter());
         decisions.clear();
-        decisions.extend(
-            rows.iter().filter_map(|row| if is_on_device(row) { on_device.next() } else { on_host.next() }),
-        );
+        for row in rows {
+            let decision = if is_on_device(row) { on_device.next() } else { on_host.next() };
+            match decision {
+                // The host says which value it is, and that is worth a copy of the row.
+                Some(Err(Error::NotFinite { .. })) => decisions.extend(self.fuse_on_host(&[*row])?),
+                Some(decision) => decisions.push(decision),
+                None => {}
+            }
+        }
         Ok(())
     }
 

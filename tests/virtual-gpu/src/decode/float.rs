@@ -254,6 +254,10 @@ impl Decoder<'_> {
             "neg" => each1(|a: f64| -a),
             "abs" => each1(|a: f64| a.abs()),
             "sqrt" => each1(|a: f64| a.sqrt()),
+            "rcp" if mods.take("approx") => {
+                mods.take("ftz");
+                each1(rough_reciprocal)
+            }
             "rcp" => each1(|a: f64| 1.0 / a),
             "copysign" => each2(|a: f64, b: f64| b.copysign(a)),
             _ => return Ok(false),
@@ -289,4 +293,11 @@ impl Decoder<'_> {
         self.push(inst);
         Ok(())
     }
+}
+
+/// `rcp.approx.ftz.f64`: twenty bits of the mantissa, and no subnormal goes in or comes out.
+fn rough_reciprocal(a: f64) -> f64 {
+    let flushed = |x: f64| if x.is_subnormal() { 0.0_f64.copysign(x) } else { x };
+    let rough = flushed(1.0 / flushed(a));
+    if rough.is_finite() { f64::from_bits(rough.to_bits() & 0xffff_ffff_0000_0000) } else { rough }
 }
