@@ -157,50 +157,13 @@ impl Ensemble {
         }
     }
 
-    /// Checks that the ensemble has the models of `rule`, and `rule` a grid or an α for each expert.
+    /// Checks that the ensemble has what `rule` needs.
     ///
     /// # Errors
-    /// [`Error::MissingModel`], and [`Error::Parameter`] where the number of grids or of α is neither 1 nor that of
-    /// the experts, or an α is not finite.
+    /// Those of [`FusionRule::check`].
     pub fn check_rule(&self, rule: &FusionRule) -> Result<()> {
-        let missing = |what: &str| Err(Error::MissingModel { method: rule.name(), what: what.to_owned() });
-        let experts = self.num_experts();
         let has = |role| self.index(role).is_some();
-        let per_expert = |name: &'static str, found: usize| match found {
-            1 => Ok(()),
-            found if found == experts => Ok(()),
-            found => {
-                let expected =
-                    if experts == 1 { "1".to_owned() } else { format!("1 or {experts}, one an expert") };
-                Err(Error::Parameter { name, expected, found: found.to_string() })
-            }
-        };
-        match rule {
-            FusionRule::Large if !has(Role::Large) => missing("a large model"),
-            FusionRule::Small if !has(Role::Small) => missing("a small model"),
-            FusionRule::Expert(0) if experts == 0 => missing("an expert"),
-            FusionRule::Expert(expert) if *expert >= experts => {
-                missing(&format!("expert {expert}, and there are {experts}, counted from 0"))
-            }
-            FusionRule::Large | FusionRule::Small | FusionRule::Expert(_) => Ok(()),
-            FusionRule::Dynamic(_) | FusionRule::Static(_) if !has(Role::Large) => missing("a large model"),
-            FusionRule::Dynamic(_) | FusionRule::Static(_) if !has(Role::Small) => missing("a small model"),
-            FusionRule::Dynamic(_) | FusionRule::Static(_) if experts == 0 => missing("an expert"),
-            FusionRule::Dynamic(rule) if rule.every == 0 => Err(Error::Parameter {
-                name: "alpha every",
-                expected: "at least 1".to_owned(),
-                found: "0".to_owned(),
-            }),
-            FusionRule::Dynamic(rule) => per_expert("number of alpha grids", rule.grids.len()),
-            FusionRule::Static(alphas) => match alphas.iter().find(|alpha| !alpha.is_finite()) {
-                Some(alpha) => Err(Error::Parameter {
-                    name: "alpha",
-                    expected: "a finite number".to_owned(),
-                    found: alpha.to_string(),
-                }),
-                None => per_expert("number of alphas", alphas.len()),
-            },
-        }
+        rule.check(has(Role::Large), has(Role::Small), self.num_experts())
     }
 }
 

@@ -13,6 +13,7 @@
 pub mod cumulant;
 pub mod reference;
 pub mod refine;
+mod rows;
 
 use std::str::FromStr;
 
@@ -20,6 +21,7 @@ use arrayvec::ArrayVec;
 
 use crate::error::{Error, Result};
 pub use crate::model::MAX_EXPERTS;
+pub use rows::{LogitsRows, ModelLogits};
 
 /// The largest number of candidates of α.
 pub const MAX_CANDIDATES: usize = 32;
@@ -191,6 +193,50 @@ impl FusionRule {
     /// Whether the rule combines all models (dynamic and static do) or runs one alone.
     pub fn is_fused(&self) -> bool {
         matches!(self, Self::Dynamic(_) | Self::Static(_))
+    }
+
+    /// Checks that the rule's models are there, and that it has a grid or an α for each of `experts` experts.
+    ///
+    /// # Errors
+    /// [`Error::MissingModel`], and [`Error::Parameter`] where the number of grids or of α is neither 1 nor that of
+    /// the experts, or an α is not finite.
+    pub fn check(&self, large: bool, small: bool, experts: usize) -> Result<()> {
+        let missing = |what: &str| Err(Error::MissingModel { method: self.name(), what: what.to_owned() });
+        let per_expert = |name: &'static str, found: usize| match found {
+            1 => Ok(()),
+            found if found == experts => Ok(()),
+            found => {
+                let expected =
+                    if experts == 1 { "1".to_owned() } else { format!("1 or {experts}, one an expert") };
+                Err(Error::Parameter { name, expected, found: found.to_string() })
+            }
+        };
+        match self {
+            Self::Large if !large => missing("a large model"),
+            Self::Small if !small => missing("a small model"),
+            Self::Expert(0) if experts == 0 => missing("an expert"),
+            Self::Expert(expert) if *expert >= experts => {
+                missing(&format!("expert {expert}, and there are {experts}, counted from 0"))
+            }
+            Self::Large | Self::Small | Self::Expert(_) => Ok(()),
+            Self::Dynamic(_) | Self::Static(_) if !large => missing("a large model"),
+            Self::Dynamic(_) | Self::Static(_) if !small => missing("a small model"),
+            Self::Dynamic(_) | Self::Static(_) if experts == 0 => missing("an expert"),
+            Self::Dynamic(rule) if rule.every == 0 => Err(Error::Parameter {
+                name: "alpha every",
+                expected: "at least 1".to_owned(),
+                found: "0".to_owned(),
+            }),
+            Self::Dynamic(rule) => per_expert("number of alpha grids", rule.grids.len()),
+            Self::Static(alphas) => match alphas.iter().find(|alpha| !alpha.is_finite()) {
+                Some(alpha) => Err(Error::Parameter {
+                    name: "alpha",
+                    expected: "a finite number".to_owned(),
+                    found: alpha.to_string(),
+                }),
+                None => per_expert("number of alphas", alphas.len()),
+            },
+        }
     }
 }
 

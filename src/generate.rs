@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::backend::{Backend, Batch, Row};
+use crate::backend::{Backend, Batch, Limits, Row};
 use crate::ensemble::Ensemble;
 use crate::error::{Error, Result};
 use crate::fusion::{Decision, FusionRule};
@@ -577,4 +577,17 @@ fn parameter(name: &'static str, expected: &str, found: &str) -> Error {
 /// continuation together: what [`Limits::blocks`](crate::backend::Limits::blocks) must be for them to run at once.
 pub fn blocks_needed(sequences: usize, tokens: usize) -> usize {
     sequences * blocks_for(tokens)
+}
+
+/// Limits under which the longest of `requests` fits `sequences` times at once, or all of them where there are fewer.
+pub fn limits_for(ensemble: &Ensemble, requests: &[Request], sequences: usize) -> Limits {
+    let context = (0..ensemble.models().len()).map(|model| ensemble.context(model)).max().unwrap_or(1);
+    let length = |request: &Request| {
+        let prompt = request.prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let new_tokens = request.forced.len().saturating_add(request.max_new_tokens);
+        prompt.saturating_add(new_tokens).min(context + 1)
+    };
+    let longest = requests.iter().map(length).max().unwrap_or(1);
+    let sequences = sequences.clamp(1, requests.len().max(1));
+    Limits::for_vocabulary(ensemble.vocab_size(), sequences, blocks_needed(sequences, longest))
 }

@@ -14,6 +14,7 @@
 
 mod attention;
 mod cache;
+mod caller;
 mod forward;
 pub mod fuse;
 mod matmul;
@@ -28,6 +29,7 @@ use std::time::{Duration, Instant};
 
 use attention::AttentionScratch;
 use cache::{KvCache, Lazy};
+pub use caller::CpuFusion;
 use forward::{Group, Machine};
 use fuse::Fuser;
 use pool::Pool;

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 
 use super::args::{DynamicArgs, FusionArgs, Method, ModelArgs, RunArgs, SamplingArgs};
-use crate::backend::{BackendOptions, Limits};
+use crate::backend::BackendOptions;
 use crate::ensemble::{Ensemble, EnsembleSpec, ExpertSpec};
 use crate::fusion::{DynamicRule, FusionRule, PerExpert};
-use crate::generate::{Generator, Request, blocks_needed};
+use crate::generate::{Generator, Request, limits_for};
 use crate::model::MAX_EXPERTS;
 use crate::sampling::SamplingParams;
 
@@ -144,18 +144,7 @@ impl SamplingArgs {
 impl RunArgs {
     /// A generator whose cache holds the longest of `requests` at least `batch_size` times.
     pub(crate) fn generator(&self, ensemble: Arc<Ensemble>, requests: &[Request]) -> Result<Generator> {
-        let context = (0..ensemble.models().len()).map(|model| ensemble.context(model)).max().unwrap_or(1);
-        let length = |request: &Request| {
-            let prompt = request.prompts.iter().map(Vec::len).max().unwrap_or(0);
-            prompt
-                .saturating_add(request.forced.len())
-                .saturating_add(request.max_new_tokens)
-                .min(context + 1)
-        };
-        let longest = requests.iter().map(length).max().unwrap_or(1);
-        let sequences = requests.len().clamp(1, self.batch_size.into());
-        let limits =
-            Limits::for_vocabulary(ensemble.vocab_size(), sequences, blocks_needed(sequences, longest));
+        let limits = limits_for(&ensemble, requests, self.batch_size.into());
         let options = BackendOptions { device: self.device, threads: self.threads.map(usize::from), limits };
         Ok(Generator::new(Arc::clone(&ensemble), options.open(ensemble)?))
     }
