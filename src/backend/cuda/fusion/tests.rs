@@ -216,10 +216,10 @@ fn excluded_and_broken_logits() {
     let rule = FusionRule::default();
     let mut models = random_logits(2, 4, 333, 8);
     // Row 0: the best tokens are excluded by any of the models; row 1: NaN; row 2: nothing is left; row 3: +∞.
-    for model in 0..4 {
-        let best = (0..333).max_by(|&a, &b| models[0][0][a].total_cmp(&models[0][0][b])).unwrap();
-        models[model][0][best] = f32::NEG_INFINITY;
-        models[0][0][best] = f32::NEG_INFINITY;
+    let mut order: Vec<usize> = (0..333).collect();
+    order.sort_by(|&a, &b| models[0][0][b].total_cmp(&models[0][0][a]));
+    for (model, &token) in models.iter_mut().zip(&order) {
+        model[0][token] = f32::NEG_INFINITY;
     }
     models[3][1][200] = f32::NAN;
     models[1][2].fill(f32::NEG_INFINITY);
@@ -245,9 +245,9 @@ fn wide_logits_and_differences() {
     let rule = FusionRule::default();
     let mut models = random_logits(1, 2, 500, 11);
     // Logits up to 1e4, differences of hundreds: far from any f32 exponential's range.
-    for model in 0..3 {
-        models[model][0].iter_mut().for_each(|x| *x *= 1000.0);
-        models[model][1].iter_mut().enumerate().for_each(|(i, x)| *x += (i % 7) as f32 * 60.0 * model as f32);
+    for (number, model) in models.iter_mut().enumerate() {
+        model[0].iter_mut().for_each(|x| *x *= 1000.0);
+        model[1].iter_mut().enumerate().for_each(|(i, x)| *x += (i % 7) as f32 * 60.0 * number as f32);
     }
     let row = |slot| FuseRow { slot, step: 0, rule: &rule, held: None, choice: sample(&params) };
     let both = fuse_both(&models, &[row(0), row(1)]);
