@@ -3,7 +3,7 @@
 //! The crate is two things. As a `cdylib` it is the driver: programs load it in place of NVIDIA's. As an `rlib` it
 //! is [`host`], through which a test loads the driver, adds devices and reads what happened.
 //!
-//! How an image runs: [`ptx`] parses it, [`cfg`] finds where branches meet again, [`decode`] turns it into a
+//! How an image runs: [`ptx`] parses it, [`mod@cfg`] finds where branches meet again, [`decode`] turns it into a
 //! [`program`], [`exec`] runs that 32 lanes at a time against [`memory`], watched by [`sanitizer`] and counted by
 //! [`counters`]. [`driver`] is the interface that cudarc calls, over [`device`] and [`graph`].
 //!

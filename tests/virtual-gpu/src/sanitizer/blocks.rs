@@ -25,7 +25,7 @@ pub enum Use {
 pub struct When {
     /// Linear block index plus one.
     pub block: u32,
-    /// The block's clock, which barriers and fences advance, times 64, plus the warp ([`ANY_WARP`] for several).
+    /// The block's clock, which barriers and fences advance, times 64, plus the warp (`ANY_WARP` for several).
     pub stamp: u32,
 }
 

@@ -11,7 +11,7 @@ pub struct Stamp {
     pub phase: u32,
     /// Warp barriers that the thread's warp has passed.
     pub warp_phase: u32,
-    /// Thread in the block, or [`MANY_IN_WARP`] and a warp, or [`MANY`].
+    /// Thread in the block, or `MANY_IN_WARP` and a warp, or `MANY`.
     pub who: u16,
     /// Whether the access was an atomic.
     pub atomic: bool,
