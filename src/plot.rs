@@ -102,29 +102,26 @@ pub struct Text {
     pub records: Vec<Record>,
 }
 
-impl Text {
-    /// What the experts of `alpha` are called: a trace names the one that acts, and its α is the one that isn't 0.
-    /// `None` where that never tells.
-    fn expert_names(&self) -> Vec<Option<&str>> {
-        let longest = self.records.iter().map(|r| r.alpha.len().max(r.argmax_expert.len())).max();
-        let mut names = vec![None; longest.unwrap_or(0)];
-        for record in &self.records {
-            let mut acting = record.alpha.iter().enumerate().filter(|(_, alpha)| **alpha != 0.0);
-            if let (Some((t, _)), None) = (acting.next(), acting.next())
-                && let Some(name) = names.get_mut(t)
-                && record.expert.is_some()
-            {
-                *name = record.expert.as_deref();
-            }
+/// What the experts of `alpha` are called: a trace names the one that acts, and its α is the one that isn't 0; another
+/// text of the same trace tells as well. `None` where nothing does.
+fn expert_names<'a>(text: &'a Text, texts: &'a [Text]) -> Vec<Option<&'a str>> {
+    let longest = text.records.iter().map(|r| r.alpha.len().max(r.argmax_expert.len())).max();
+    let mut names = vec![None; longest.unwrap_or(0)];
+    let same = texts.iter().filter(|other| other.source == text.source);
+    for record in same.flat_map(|other| &other.records).filter(|r| r.expert.is_some()) {
+        let mut acting = record.alpha.iter().enumerate().filter(|(_, alpha)| **alpha != 0.0);
+        if let (Some((t, _)), None) = (acting.next(), acting.next())
+            && let Some(name) = names.get_mut(t)
+        {
+            *name = record.expert.as_deref();
         }
-        names
     }
+    names
 }
 
 /// Whether a character has no place in XML, escaped or not, or would turn the text around it.
 fn unprintable(c: char) -> bool {
-    c.is_control()
-        || matches!(c, '\u{fffe}' | '\u{ffff}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 fn visible(text: &str) -> String {

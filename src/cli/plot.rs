@@ -28,6 +28,11 @@ pub(crate) fn run(args: &PlotArgs) -> anyhow::Result<ExitCode> {
     let tokens: usize = texts.iter().map(|text| text.records.len()).sum();
     let (prompts, path) = (texts.len(), args.output.display());
     let plural = |count: usize| if count == 1 { "" } else { "s" };
-    writeln!(io::stdout(), "{path}: {tokens} token{} of {prompts} prompt{}", plural(tokens), plural(prompts))?;
+    writeln!(
+        io::stdout(),
+        "{path}: {tokens} token{} of {prompts} prompt{}",
+        plural(tokens),
+        plural(prompts)
+    )?;
     Ok(ExitCode::SUCCESS)
 }

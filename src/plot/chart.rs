@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::palette::Palette;
-use super::{Record, Text, escape};
+use super::{Record, Text, escape, expert_names};
 
 /// Room for the numbers of the vertical axis.
 const AXIS: f64 = 48.0;
@@ -13,7 +13,7 @@ const HEIGHT: f64 = 120.0;
 /// Room for a token's text below the charts, and how many characters of it are shown.
 const LABEL: (f64, usize) = (92.0, 11);
 /// More decades than this below the highest value are drawn at the floor.
-const DECADES: i32 = 6;
+const DECADES: i32 = 8;
 
 /// The width of a token's column, so that a short text isn't lost on a wide page, nor a long one unreadable.
 fn pitch(tokens: usize) -> f64 {
@@ -55,13 +55,7 @@ impl Scale {
 
     fn ticks(&self) -> Vec<(f64, String)> {
         let span = self.high - self.low;
-        let step = if self.log {
-            (span / 4.0).ceil()
-        } else if span > 4.0 {
-            (span / 4.0).ceil()
-        } else {
-            0.5
-        };
+        let step = if self.log || span > 4.0 { (span / 4.0).ceil() } else { 0.5 };
         let mut ticks = Vec::new();
         let mut at = self.low;
         while at <= self.high + 1e-9 {
@@ -154,7 +148,7 @@ impl Charts {
     fn term(
         &mut self,
         title: &str,
-        text: &Text,
+        (text, texts): (&Text, &[Text]),
         palette: &Palette,
         reached: fn(&Record) -> Option<f64>,
         targets: fn(&Record) -> &[f64],
@@ -167,7 +161,7 @@ impl Charts {
         let values: Vec<f64> = all.collect();
         let scale = Scale::log(&values).unwrap_or(Scale { low: -1.0, high: 0.0, log: true, clamped: true });
         self.begin(title, &scale);
-        let names = text.expert_names();
+        let names = expert_names(text, texts);
         for t in 0..records.iter().map(|record| targets(record).len()).max().unwrap_or(0) {
             let expert = palette.index(names.get(t).copied().flatten());
             let class = format!("target {}", class(expert));
@@ -202,26 +196,26 @@ pub(super) fn class(expert: Option<usize>) -> String {
 }
 
 /// The charts of one text, whose first token is the page's `first`; empty where the method has no α and no KL terms.
-pub(super) fn charts(text: &Text, palette: &Palette, first: usize) -> String {
+pub(super) fn charts(text: &Text, texts: &[Text], palette: &Palette, first: usize) -> String {
     let pitch = pitch(text.records.len());
     let width = pitch * text.records.len() as f64;
     let mut charts = Charts { axis: String::new(), plot: String::new(), y: -10.0, width, pitch };
     charts.alpha(text, palette);
     charts.term(
         "KL(P̃‖P), thin: KL(Qₜ‖Q), its target; nats",
-        text,
+        (text, texts),
         palette,
         |record| record.kl_fused_large,
         |record| &record.kl_expert_small,
     );
     charts.term(
         "KL(P‖P̃), thin: KL(Q‖Qₜ), its target; nats",
-        text,
+        (text, texts),
         palette,
         |record| record.kl_large_fused,
         |record| &record.kl_small_expert,
     );
-    charts.term("loss, nats²", text, palette, |record| record.loss, |_| &[]);
+    charts.term("loss, nats²", (text, texts), palette, |record| record.loss, |_| &[]);
     if charts.plot.is_empty() {
         return String::new();
     }
@@ -248,15 +242,21 @@ mod tests {
         assert_eq!(Scale::alpha(&[3.5]).high, 4.0);
         // 10⁻³ to 10⁰: 40 units a decade, by hand.
         let log = Scale::log(&[0.002, 0.5]).unwrap_or_else(|| unreachable!());
-        assert!((log.y(0.1) - 40.0).abs() < 1e-9 && (log.y(0.001) - 120.0).abs() < 1e-9, "exact but for log10");
-        assert_eq!(log.ticks().iter().map(|t| t.1.as_str()).collect::<Vec<_>>(), ["10⁻³", "10⁻²", "10⁻¹", "10⁰"]);
+        assert!(
+            (log.y(0.1) - 40.0).abs() < 1e-9 && (log.y(0.001) - 120.0).abs() < 1e-9,
+            "exact but for log10"
+        );
+        assert_eq!(
+            log.ticks().iter().map(|t| t.1.as_str()).collect::<Vec<_>>(),
+            ["10⁻³", "10⁻²", "10⁻¹", "10⁰"]
+        );
         assert!(Scale::log(&[0.0, -1e-17]).is_none());
     }
 
     #[test]
     fn what_is_below_the_floor_lies_on_it_and_says_so() {
         let log = Scale::log(&[0.0, 1e-12, 0.5]).unwrap_or_else(|| unreachable!());
-        assert_eq!((log.low, log.high, log.y(0.0), log.y(1e-12)), (-6.0, 0.0, 120.0, 120.0));
-        assert_eq!(log.ticks()[0].1, "≤10⁻⁶");
+        assert_eq!((log.low, log.high, log.y(0.0), log.y(1e-12)), (-8.0, 0.0, 120.0, 120.0));
+        assert_eq!(log.ticks()[0].1, "≤10⁻⁸");
     }
 }

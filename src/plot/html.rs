@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::chart::{charts, class};
 use super::palette::Palette;
-use super::{Record, Text, alpha_text, escape, label, unprintable, visible};
+use super::{Record, Text, alpha_text, escape, expert_names, label, unprintable, visible};
 
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
@@ -18,15 +18,18 @@ pub fn html(texts: &[Text]) -> String {
     let (mut body, mut records) = (String::new(), Vec::new());
     for text in texts {
         section(&mut body, text, texts, &palette, records.len());
-        let names = text.expert_names();
-        records.extend(text.records.iter().map(|record| data(record, text, &names, &palette)));
+        let names = expert_names(text, texts);
+        records.extend(text.records.iter().map(|record| data(record, &names, &palette)));
     }
     if records.is_empty() {
         body.push_str("<p>The trace has no tokens.</p>");
     }
     // Nothing in it may end the element.
-    let records =
-        Value::from(records).to_string().replace('<', "\\u003c").replace('>', "\\u003e").replace('&', "\\u0026");
+    let records = Value::from(records)
+        .to_string()
+        .replace('<', "\\u003c")
+        .replace('>', "\\u003e")
+        .replace('&', "\\u0026");
     format!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/>\
          <meta http-equiv=\"Content-Security-Policy\" \
@@ -96,9 +99,9 @@ fn section(out: &mut String, text: &Text, texts: &[Text], palette: &Palette, fir
     for (index, record) in text.records.iter().enumerate() {
         let expert = palette.index(record.expert.as_deref());
         let changed = if record.changed == Some(true) { " changed" } else { "" };
-        let shade = record.total_alpha().map_or(String::new(), |alpha| {
-            format!(" a{}", (alpha.clamp(0.0, 2.0) * 10.0).round())
-        });
+        let shade = record
+            .total_alpha()
+            .map_or(String::new(), |alpha| format!(" a{}", (alpha.clamp(0.0, 2.0) * 10.0).round()));
         let number = first + index;
         let _ = write!(
             out,
@@ -111,7 +114,7 @@ fn section(out: &mut String, text: &Text, texts: &[Text], palette: &Palette, fir
             escape(&readable(&record.text)),
         );
     }
-    let _ = write!(out, "</div>{}</section>", charts(text, palette, first));
+    let _ = write!(out, "</div>{}</section>", charts(text, texts, palette, first));
 }
 
 /// The text as it reads: spaces stay spaces, lines end where they ended.
@@ -167,15 +170,15 @@ fn summary(text: &Text, palette: &Palette) -> String {
 }
 
 /// What the page shows of a token.
-fn data(record: &Record, text: &Text, names: &[Option<&str>], palette: &Palette) -> Value {
-    let name = |t: usize| names.get(t).copied().flatten().map_or_else(|| format!("expert {t}"), str::to_owned);
+fn data(record: &Record, names: &[Option<&str>], palette: &Palette) -> Value {
+    let name =
+        |t: usize| names.get(t).copied().flatten().map_or_else(|| format!("expert {t}"), str::to_owned);
     let own = |id: u32, text: Option<&String>| json!([text.map(|text| visible(text)), id]);
     let expert = palette.index(record.expert.as_deref());
     let experts: Vec<Value> = (record.argmax_expert.iter().enumerate())
         .map(|(t, &id)| json!([name(t), own(id, record.argmax_expert_text.get(t))]))
         .collect();
     json!({
-        "of": text.records.len(),
         "step": record.step,
         "id": record.token_id,
         "text": record.shown(),

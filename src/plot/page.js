@@ -31,31 +31,36 @@ function choice([text, id]) {
   return cell;
 }
 
+/** What acted, with its marker. */
+function rule(record) {
+  const line = element("p");
+  if (record.alpha.length === 0) {
+    line.append("no fusion");
+    return line;
+  }
+  const space = "http://www.w3.org/2000/svg";
+  const svg = line.appendChild(document.createElementNS(space, "svg"));
+  svg.setAttribute("viewBox", "0 0 14 14");
+  svg.setAttribute("class", "m " + record.class);
+  const path = svg.appendChild(document.createElementNS(space, "path"));
+  path.setAttribute("d", record.marker);
+  path.setAttribute("class", "mark " + record.class);
+  const active = record.alpha.filter(([name]) => record.expert === null || name === record.expert);
+  line.append(active.map(([name, alpha]) => name + ", α " + Number(alpha.toPrecision(3))).join(" · "));
+  if (record.changed === true) line.append(" · ", element("b", "changed by fusion"));
+  return line;
+}
+
 function head(record) {
   const line = element("p");
-  line.append(element("code", record.text, "big"), " ", element("span", "id " + record.id, "id"));
-  const where = element("p", "step " + record.step, "id");
-  const what = element("p");
-  if (record.alpha.length) {
-    const space = "http://www.w3.org/2000/svg";
-    const svg = document.createElementNS(space, "svg");
-    svg.setAttribute("viewBox", "0 0 14 14");
-    svg.setAttribute("class", "m " + record.class);
-    const path = svg.appendChild(document.createElementNS(space, "path"));
-    path.setAttribute("d", record.marker);
-    path.setAttribute("class", "mark " + record.class);
-    what.append(svg, record.alpha.map(([name, alpha]) => "α " + name + " " + number(alpha)).join(" · "));
-  } else {
-    what.append("no fusion");
-  }
-  const list = [line, where, what];
-  if (record.changed === true) list.push(element("p", "Fusion changed the large model’s choice."));
-  return list;
+  line.append(element("code", record.text, "big"), " ");
+  line.append(element("span", "id " + record.id + ", step " + record.step, "id"));
+  return [line, rule(record)];
 }
 
 function choices(record) {
-  const table = element("table");
-  table.append(element("caption", "What each would have said"));
+  const table = element("table", undefined, "choices");
+  table.append(element("caption", "What each alone would have said"));
   if (record.large) row(table, element("th", "large"), [choice(record.large)]);
   for (const [name, own] of record.experts) row(table, element("th", name), [choice(own)]);
   return table;
@@ -63,8 +68,9 @@ function choices(record) {
 
 function terms(record) {
   const table = element("table");
-  table.append(element("caption", "KL terms and loss, in nats"));
-  row(table, element("th"), [element("th", "reached"), ...record.names.map((name) => element("th", "aim: " + name))]);
+  table.append(element("caption", "KL terms (nats), their targets, and the loss"));
+  const heads = ["fused", ...record.names.map((name) => "→ " + name)];
+  row(table, element("th"), heads.map((name) => element("th", name, "n")));
   ["KL(P̃‖P)", "KL(P‖P̃)"].forEach((name, i) => {
     const [reached, aims] = record.kl[i];
     row(table, element("th", name), [reached, ...aims].map((value) => element("td", number(value), "n")));

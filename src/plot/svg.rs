@@ -147,10 +147,8 @@ fn token(
     let changed = if record.changed == Some(true) { " changed" } else { "" };
     for (row, text) in rows.iter().enumerate() {
         let (below, text) = (y + BAR + 17.0 + ROW * row as f64, escape(text));
-        let _ = write!(
-            out,
-            "<text x=\"{middle:.1}\" y=\"{below:.1}\" class=\"token{changed}\">{text}</text>"
-        );
+        let _ =
+            write!(out, "<text x=\"{middle:.1}\" y=\"{below:.1}\" class=\"token{changed}\">{text}</text>");
     }
     out.push_str("</g>");
 }
