@@ -52,6 +52,13 @@ CONTRAST = """() => {
   return [...worst, seen];
 }"""
 
+# Whether what has the focus is on top where its first line begins.
+SEEN = """() => {
+  const box = document.activeElement.getClientRects()[0];
+  const top = document.elementFromPoint(box.left + Math.min(box.width / 2, 8), box.top + box.height / 2);
+  return document.activeElement.contains(top);
+}"""
+
 
 def hard_trace(path):
     """Tokens that break pages, from three prompts, with every kind of missing value."""
@@ -100,9 +107,11 @@ def check(page, name):
         if page.evaluate(focused) != expected or after == before:
             faults.append(f"{key} does not go to {expected} and show it")
         before = after
-    page.keyboard.press("End")
-    page.keyboard.press("ArrowDown")
-    down = page.evaluate(focused)
+    for key in ["ArrowDown"] * 40 + ["End", "ArrowDown", "Home"]:
+        page.keyboard.press(key)
+        down = page.evaluate(focused)
+        if not page.evaluate(SEEN):
+            faults.append(f"after {key}, {down} has the focus and is hidden")
     page.keyboard.press("Tab")
     if page.evaluate(focused) is not None:
         faults.append(f"a second tab stop after {down}")
