@@ -3,7 +3,9 @@
 //! [`read`] takes the lines that `generate --trace` wrote; [`svg()`] draws them for a document, [`html()`] as one page
 //! that walks through the tokens. Neither output refers to anything outside itself.
 
+mod chart;
 mod html;
+mod palette;
 mod svg;
 
 use std::io::BufRead;
@@ -44,6 +46,8 @@ pub struct Record {
     pub prompt_index: usize,
     /// Which token of its text, from 0.
     pub step: usize,
+    /// The token's id.
+    pub token_id: u32,
     /// The token's text; empty where the run had no tokenizer.
     pub text: String,
     /// The active expert's name.
@@ -62,8 +66,14 @@ pub struct Record {
     pub kl_small_expert: Vec<f64>,
     /// The large model's own choice.
     pub argmax_large: Option<u32>,
+    /// Its text.
+    #[serde(default)]
+    pub argmax_large_text: Option<String>,
     /// Each expert's own choice.
     pub argmax_expert: Vec<u32>,
+    /// Their texts; none in traces without a tokenizer.
+    #[serde(default)]
+    pub argmax_expert_text: Vec<String>,
     /// Whether the fused choice differs from the large model's.
     pub changed: Option<bool>,
 }
@@ -77,26 +87,63 @@ impl Record {
 
     /// The text with spaces, line ends and control characters made visible; `∅` if there is none.
     fn shown(&self) -> String {
-        let visible = |c: char| match c {
-            ' ' => '·',
-            '\n' => '↵',
-            '\t' => '⇥',
-            // XML has no place for these, escaped or not.
-            c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => '\u{fffd}',
-            c => c,
-        };
-        if self.text.is_empty() { "∅".into() } else { self.text.chars().map(visible).collect() }
+        visible(&self.text)
     }
+}
+
+/// The tokens of one prompt.
+#[derive(Clone, Debug)]
+pub struct Text {
+    /// The trace's file name.
+    pub source: String,
+    /// Which prompt of that run.
+    pub prompt_index: usize,
+    /// One a token, in the order of the trace.
+    pub records: Vec<Record>,
+}
+
+/// What the experts of `alpha` are called: a trace names the one that acts, and its α is the one that isn't 0; another
+/// text of the same trace tells as well. `None` where nothing does.
+fn expert_names<'a>(text: &'a Text, texts: &'a [Text]) -> Vec<Option<&'a str>> {
+    let longest = text.records.iter().map(|r| r.alpha.len().max(r.argmax_expert.len())).max();
+    let mut names = vec![None; longest.unwrap_or(0)];
+    let same = texts.iter().filter(|other| other.source == text.source);
+    for record in same.flat_map(|other| &other.records).filter(|r| r.expert.is_some()) {
+        let mut acting = record.alpha.iter().enumerate().filter(|(_, alpha)| **alpha != 0.0);
+        if let (Some((t, _)), None) = (acting.next(), acting.next())
+            && let Some(name) = names.get_mut(t)
+        {
+            *name = record.expert.as_deref();
+        }
+    }
+    names
+}
+
+/// Whether a character has no place in XML, escaped or not, or would turn the text around it.
+fn unprintable(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+fn visible(text: &str) -> String {
+    let visible = |c: char| match c {
+        ' ' => '·',
+        '\n' => '↵',
+        '\t' => '⇥',
+        c if unprintable(c) => '\u{fffd}',
+        c => c,
+    };
+    if text.is_empty() { "∅".into() } else { text.chars().map(visible).collect() }
 }
 
 /// The texts of a trace: the records of one prompt each, in the order of the file.
 ///
 /// # Errors
 /// [`PlotError`] names the file, and the line of a broken record. Blank lines are passed over.
-pub fn read(path: &Path) -> Result<Vec<Vec<Record>>, PlotError> {
+pub fn read(path: &Path) -> Result<Vec<Text>, PlotError> {
     let io = |source| PlotError::Io { path: path.to_owned(), source };
     let file = std::fs::File::open(path).map_err(io)?;
-    let mut texts: Vec<Vec<Record>> = Vec::new();
+    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+    let mut texts: Vec<Text> = Vec::new();
     let mut place = std::collections::HashMap::new();
     for (index, line) in std::io::BufReader::new(file).lines().enumerate() {
         let line = line.map_err(io)?;
@@ -108,15 +155,23 @@ pub fn read(path: &Path) -> Result<Vec<Vec<Record>>, PlotError> {
             line: index + 1,
             source,
         })?;
-        let at = *place.entry(record.prompt_index).or_insert_with(|| {
-            texts.push(Vec::new());
+        let prompt_index = record.prompt_index;
+        let at = *place.entry(prompt_index).or_insert_with(|| {
+            texts.push(Text { source: name.to_string(), prompt_index, records: Vec::new() });
             texts.len() - 1
         });
         if let Some(text) = texts.get_mut(at) {
-            text.push(record);
+            text.records.push(record);
         }
     }
     Ok(texts)
+}
+
+/// What a text is called beside the others: its prompt, and its file where there are several.
+fn label(text: &Text, texts: &[Text]) -> String {
+    let one_file = texts.iter().all(|other| other.source == text.source);
+    let source = if one_file { String::new() } else { format!("{}, ", visible(&text.source)) };
+    format!("{source}prompt {}", text.prompt_index)
 }
 
 /// Text for an element or a quoted attribute.
@@ -124,9 +179,8 @@ fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-/// The experts by name, sorted: their order is their colour.
-fn experts(texts: &[Vec<Record>]) -> Vec<&str> {
-    let names: std::collections::BTreeSet<&str> =
-        texts.iter().flatten().filter_map(|r| r.expert.as_deref()).collect();
-    names.into_iter().collect()
+/// α as it is written over a token: as many digits as it has, at most two.
+fn alpha_text(alpha: f64) -> String {
+    let two = format!("{alpha:.2}");
+    two.strip_suffix('0').map_or(two.clone(), str::to_owned)
 }

@@ -104,6 +104,11 @@ fn a_trace_has_one_record_a_token_with_every_field() {
         for field in ["logprob_fused", "logprob_large", "logprob_small"] {
             assert!(record[field].as_f64().unwrap() <= 0.0, "{field}");
         }
+        assert!(!record["argmax_large_text"].as_str().unwrap().is_empty());
+        assert_eq!(record["argmax_expert_text"].as_array().unwrap().len(), 2);
+        if record["argmax_expert"][0] == record["argmax_large"] {
+            assert_eq!(record["argmax_expert_text"][0], record["argmax_large_text"]);
+        }
         let differs = record["token_id"] != record["argmax_large"];
         assert_eq!(record["changed"], differs);
         let alphas: Vec<f64> =

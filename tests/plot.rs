@@ -1,10 +1,13 @@
 //! The pictures of traces, by the real binary.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
+use std::ffi::OsStr;
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Output};
 
 use assert_cmd::cargo::cargo_bin;
+use quick_xml::events::Event;
 use serde_json::{Value, json};
 
 fn record(step: usize, text: &str, alpha: &[f64], changed: Option<bool>) -> Value {
@@ -36,14 +39,14 @@ fn picture(records: &[Value], name: &str) -> String {
 fn bars_stand_where_alpha_puts_them() {
     let svg =
         picture(&[record(0, "ab", &[0.0, 0.5], Some(true)), record(1, "c", &[3.0], Some(false))], "p.svg");
-    // "ab" is narrower than the narrowest, 34 less a gap of 4; α = 0.5 of 2 is a quarter of 48, ending at 46 + 48.
+    // "ab" is narrower than the narrowest, 46 less a gap of 4; α = 0.5 of 2 is a quarter of 48, ending at 46 + 48.
     assert!(
-        svg.contains(r##"<rect x="16.0" y="82.0" width="30.0" height="12.0" fill="#0072b2"/>"##),
+        svg.contains(r##"<rect x="16.0" y="82.0" width="42.0" height="12.0" fill="#0072b2"/>"##),
         "{svg}"
     );
     // α above 2 fills the bar and is still written.
     assert!(
-        svg.contains(r##"<rect x="50.0" y="46.0" width="30.0" height="48.0" fill="#0072b2"/>"##),
+        svg.contains(r##"<rect x="62.0" y="46.0" width="42.0" height="48.0" fill="#0072b2"/>"##),
         "{svg}"
     );
     assert!(svg.contains(r#"class="alpha">3.0</text>"#));
@@ -53,10 +56,10 @@ fn bars_stand_where_alpha_puts_them() {
 #[test]
 fn tokens_are_escaped_and_control_characters_shown() {
     let records = [record(0, "</script><b>", &[1.0], None), record(1, "\u{1}\n字", &[1.0], None)];
-    for name in ["p.svg", "p.html"] {
+    for (name, shown) in [("p.svg", "\u{fffd}↵字"), ("p.html", "\u{fffd}↵\n字")] {
         let text = picture(&records, name);
         assert!(text.contains("&lt;/script&gt;&lt;b&gt;") && !text.contains("</script><b>"), "{text}");
-        assert!(text.contains("\u{fffd}↵字") && !text.contains('\u{1}'), "{text}");
+        assert!(text.contains(shown) && !text.contains('\u{1}'), "{text}");
         assert!(!text.contains("href") && !text.contains("src="), "no way out of the page");
     }
     assert!(picture(&records, "p.svg").contains("a&amp;b</text>"));
@@ -65,6 +68,8 @@ fn tokens_are_escaped_and_control_characters_shown() {
 #[test]
 fn an_empty_trace_and_a_model_alone_are_drawn() {
     assert!(picture(&[], "p.svg").contains("viewBox=\"0 0 900 46\""));
+    let html = picture(&[], "p.html");
+    assert!(html.contains("The trace has no tokens.") && html.contains("id=\"records\">[]<"), "{html}");
     let svg = picture(&[record(0, "x", &[], None)], "p.svg");
     assert!(svg.contains(r#"class="alpha">–</text>"#), "no α was computed: {svg}");
 }
@@ -84,4 +89,122 @@ fn another_kind_of_file_is_refused() {
     let (run, picture) = plot(&[], "p.png");
     assert!(!run.status.success() && picture.is_none());
     assert!(String::from_utf8(run.stderr).unwrap().contains("must end in .svg or .html"));
+}
+
+/// All elements' texts of a document, which must be well-formed XML.
+fn texts(document: &str) -> Vec<String> {
+    let mut reader = quick_xml::Reader::from_str(document);
+    let (mut texts, mut open) = (vec![String::new()], 0);
+    loop {
+        let event = reader.read_event().unwrap();
+        match event {
+            Event::Start(_) => open += 1,
+            Event::End(_) => open -= 1,
+            _ => {}
+        }
+        match event {
+            Event::Eof => {
+                assert_eq!(open, 0, "every element ends");
+                return texts;
+            }
+            Event::Text(text) => texts.last_mut().unwrap().push_str(&text.decode().unwrap()),
+            Event::GeneralRef(name) => {
+                let c = match name.decode().unwrap().as_ref() {
+                    "amp" => '&',
+                    "lt" => '<',
+                    "gt" => '>',
+                    "quot" => '"',
+                    other => panic!("{other}"),
+                };
+                texts.last_mut().unwrap().push(c);
+            }
+            _ => texts.push(String::new()),
+        }
+    }
+}
+
+#[test]
+fn pictures_are_well_formed_and_have_every_token() {
+    let tokens = ["a", "\"]]>", "&amp;", "字", "👩‍👩‍👧", "\u{202e}x", "'<!--", "\u{0}", " ", ""];
+    let mut records = Vec::new();
+    for (step, token) in tokens.iter().enumerate() {
+        let mut record = record(step, token, &[0.0, 1.5], Some(step % 2 == 0));
+        record["loss"] = json!(10f64.powi(-(step as i32)));
+        record["argmax_large"] = json!(7);
+        record["argmax_large_text"] = json!(token);
+        record["prompt_index"] = json!(step / 5);
+        records.push(record);
+    }
+    for name in ["p.svg", "p.html"] {
+        let picture = picture(&records, name);
+        let texts = texts(&picture);
+        for shown in ["a", "\"]]>", "&amp;", "字", "👩‍👩‍👧", "\u{fffd}x", "'<!--", "\u{fffd}", "·", "∅"]
+        {
+            assert!(texts.iter().any(|text| text == shown), "{name}: {shown:?} in {texts:?}");
+        }
+        assert!(texts.iter().any(|text| text == "prompt 1"), "{name}: prompts are told apart");
+    }
+}
+
+#[test]
+fn the_page_has_what_its_script_shows() {
+    let mut first = record(0, "x", &[0.0, 0.5], Some(true));
+    first["argmax_large"] = json!(7);
+    first["argmax_large_text"] = json!("</script>");
+    first["argmax_expert"] = json!([8, 9]);
+    first["argmax_expert_text"] = json!([" y", "\n"]);
+    first["kl_fused_large"] = json!(0.25);
+    first["kl_expert_small"] = json!([0.5, 0.125]);
+    let html = picture(&[first], "p.html");
+    let json = html.split("id=\"records\">").nth(1).unwrap().split("</script>").next().unwrap();
+    let data: Value = serde_json::from_str(json).unwrap();
+    assert_eq!(data[0]["large"], json!(["</script>", 7]));
+    // The name of the expert that never acted isn't in the trace.
+    assert_eq!(data[0]["experts"], json!([["expert 0", ["·y", 8]], ["a&b", ["↵", 9]]]));
+    assert_eq!(data[0]["kl"], json!([[0.25, [0.5, 0.125]], [null, []]]));
+    assert_eq!(html.matches("tabindex=\"0\"").count(), 1, "one tab stop");
+    assert!(html.contains("aria-label=\"x, α 0.5, a&amp;b, changed by fusion\""), "{html}");
+    // One token is 36 wide, its middle at 18; α = 0.5 lies three quarters down the 120 of the chart that begins at 30.
+    assert!(html.contains("<path d=\"M13.0 120.0a5 5 0 1 0 10 0"), "{html}");
+    // Log axis: the values 0.125 to 0.5 are within one decade, 10⁻¹ to 10⁰; log10 0.25 = -0.602, so 72.2 below 190.
+    assert!(html.contains("<path d=\"M18.0 262.2h0\" class=\"reached\"/>"), "{html}");
+}
+
+#[test]
+fn a_token_wider_than_the_picture_is_wrapped() {
+    let svg = picture(&[record(0, &"=".repeat(200), &[1.0], None), record(1, "x", &[1.0], None)], "p.svg");
+    // 854 units of room hold 94 characters: three rows, and the next line two rows further down.
+    assert_eq!(svg.matches(&format!(">{}<", "=".repeat(94))).count(), 2, "{svg}");
+    assert!(svg.contains(&format!(">{}<", "=".repeat(12))), "{svg}");
+    assert!(svg.contains("viewBox=\"0 0 900 276\""), "46 + 2 lines of 96 + 2 rows of 19: {svg}");
+}
+
+/// The README's picture is what the command draws, and its trace is still what the demo says.
+#[test]
+fn the_picture_of_the_readme_is_up_to_date() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+    let dir = tempfile::tempdir().unwrap();
+    let (trace, svg) = (dir.path().join("t.jsonl"), dir.path().join("g.svg"));
+    let run = |args: &[&OsStr]| {
+        let run = Command::new(cargo_bin("dlf-engine")).args(args).output().unwrap();
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    };
+    let committed = docs.join("generation.jsonl");
+    run(&["plot".as_ref(), committed.as_ref(), "--output".as_ref(), svg.as_ref()]);
+    assert_eq!(
+        fs::read_to_string(&svg).unwrap(),
+        fs::read_to_string(docs.join("generation.svg")).unwrap(),
+        "dlf-engine plot docs/generation.jsonl --output docs/generation.svg"
+    );
+    let input = docs.join("generation-prompts.jsonl");
+    run(&["generate".as_ref(), "--input".as_ref(), input.as_ref(), "--trace".as_ref(), trace.as_ref()]);
+    let told = |path: &Path| -> Vec<Value> {
+        let lines = fs::read_to_string(path).unwrap();
+        let records = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        // The other numbers may differ in their last digits from machine to machine.
+        let fields =
+            ["token_id", "text", "expert", "alpha", "changed", "argmax_large_text", "argmax_expert_text"];
+        records.map(|record| fields.map(|field| record[field].clone()).into_iter().collect()).collect()
+    };
+    assert_eq!(told(&trace), told(&committed));
 }

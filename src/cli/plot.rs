@@ -1,6 +1,7 @@
 //! `dlf-engine plot`: traces in, a picture out.
 
 use std::fs;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
@@ -24,5 +25,14 @@ pub(crate) fn run(args: &PlotArgs) -> anyhow::Result<ExitCode> {
         texts.extend(plot::read(trace)?);
     }
     fs::write(&args.output, draw(&texts)).with_context(|| args.output.display().to_string())?;
+    let tokens: usize = texts.iter().map(|text| text.records.len()).sum();
+    let (prompts, path) = (texts.len(), args.output.display());
+    let plural = |count: usize| if count == 1 { "" } else { "s" };
+    writeln!(
+        io::stdout(),
+        "{path}: {tokens} token{} of {prompts} prompt{}",
+        plural(tokens),
+        plural(prompts)
+    )?;
     Ok(ExitCode::SUCCESS)
 }

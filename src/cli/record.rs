@@ -6,7 +6,7 @@ use crate::ensemble::Ensemble;
 use crate::generate::Step;
 
 /// What is known of one decided token. Arrays have one entry an expert; what the method doesn't compute is null or
-/// an empty array.
+/// an empty array. `argmax_*_text` are the texts of single tokens, and miss where there is no tokenizer.
 #[derive(Debug, Serialize)]
 pub(crate) struct TokenRecord<'a> {
     prompt_index: usize,
@@ -26,7 +26,9 @@ pub(crate) struct TokenRecord<'a> {
     logprob_small: Option<f64>,
     logprob_expert: &'a [f64],
     argmax_large: Option<u32>,
+    argmax_large_text: Option<String>,
     argmax_expert: &'a [u32],
+    argmax_expert_text: Vec<String>,
     changed: Option<bool>,
     ms: f64,
 }
@@ -34,6 +36,7 @@ pub(crate) struct TokenRecord<'a> {
 impl<'a> TokenRecord<'a> {
     pub(crate) fn new(prompt_index: usize, step: &'a Step, ensemble: &'a Ensemble) -> Self {
         let decision = &step.decision;
+        let text = |&id: &u32| own_text(ensemble, id);
         Self {
             prompt_index,
             step: step.index,
@@ -51,9 +54,22 @@ impl<'a> TokenRecord<'a> {
             logprob_small: decision.logprob_small,
             logprob_expert: &decision.logprob_expert,
             argmax_large: decision.argmax_large,
+            argmax_large_text: decision.argmax_large.as_ref().and_then(text),
             argmax_expert: &decision.argmax_expert,
+            argmax_expert_text: decision.argmax_expert.iter().filter_map(text).collect(),
             changed: decision.changed(),
             ms: step.time.total().as_secs_f64() * 1e3,
         }
     }
+}
+
+/// Token `id` by itself: its bytes as text, or the name of a special token.
+fn own_text(ensemble: &Ensemble, id: u32) -> Option<String> {
+    let tokenizer = ensemble.tokenizer_of_any()?;
+    let piece = tokenizer.piece(id);
+    Some(if piece.is_empty() {
+        tokenizer.token(id).unwrap_or_default()
+    } else {
+        String::from_utf8_lossy(piece).into_owned()
+    })
 }
