@@ -18,55 +18,13 @@
 // bytes   (2 + experts) · vocab_size · 4 a row, and the partial states twice: slices · lanes · 24
 // bound   latency: at 32000 tokens the logits lie in the L2 cache, and the walk is a few thousand instructions a warp
 // needs   vocab_stride ≥ vocab_size; lanes ≤ 32 · ROUNDS; tickets zero before the first launch
-#include "common.cuh"
+#include "fusion.cuh"
 
-constexpr u32 MAX_EXPERTS = 8;
 constexpr u32 WARPS = 8;
 constexpr u32 COMBINED = MAX_EXPERTS;   // the direction Σ c_t D_t
 constexpr u32 NO_DIRECTION = COMBINED + 1;
 constexpr u32 NOBODY = 0xffffffffu;
 constexpr u64 ALL_FINITE = ~0ull;
-
-// What one lane sums.
-struct FuseLane {
-    float alpha;
-    u32 base;       // 0: the model that is steered, 1: the small one, 2 + t: expert t
-    u32 direction;  // t: D_t, COMBINED, or NO_DIRECTION: d = 0
-};
-
-// A row, and which lane is what: indices among its own lanes.
-struct FuseRow {
-    u32 slot;
-    u32 base_model;              // index of the model that is steered
-    u32 experts;                 // 0 where the base runs alone
-    u32 first_lane;              // in `lanes`
-    u32 lane_count;
-    u32 tracks;                  // directions with candidates
-    u32 track[MAX_EXPERTS];      // the lane with α = 0 of each; its candidates follow
-    u32 candidates[MAX_EXPERTS]; // of each
-    u32 target[MAX_EXPERTS];     // the lane of S along D_t; that of E_t follows
-    float coefficient[MAX_EXPERTS];  // c_t
-    u32 objective;               // 0: both terms, 1: KL(P̃‖P) alone, 2: KL(P‖P̃) alone
-    u32 forced;                  // the token that is given, or NOBODY
-    float scale;                 // 1 / temperature, or 0: greedy
-    u32 seed[2];
-    u32 step[2];
-};
-
-struct FuseResult {
-    double loss, forward, reverse;
-    double log_sum_fused, log_sum_base, log_sum_small;
-    double log_sum_expert[MAX_EXPERTS];
-    double forward_target[MAX_EXPERTS];
-    double reverse_target[MAX_EXPERTS];
-    u64 not_finite;              // 16 · token + model of the first NaN or +inf, or ALL_FINITE
-    u32 token, argmax_fused, argmax_base;
-    u32 track, candidate;
-    u32 argmax_expert[MAX_EXPERTS];
-    float logit_base, logit_small;
-    float logit_expert[MAX_EXPERTS];
-    u32 empty;                   // every token is excluded
-};
 
 struct Partial {
     float m, s, u;
@@ -83,6 +41,7 @@ struct FuseArgs {
     u32* tickets;            // (rows,)
     u64* not_finite;         // (rows,): ALL_FINITE between launches
     FuseResult* results;     // (rows,)
+    const u64* stamps;       // (2,): when the step began and when the large model was done, or null
     u64 model_stride;        // numbers from one model's logits to the next
     u32 vocab_stride;
     u32 vocab_size;
@@ -278,7 +237,10 @@ __device__ void decide(const FuseArgs& args, const FuseRow& row, const Merged* l
     for (u32 t = 0; t < row.experts; t++) {
         result.logit_expert[t] = slot[(args.first_expert + t) * args.model_stride];
     }
-    args.results[row_index] = result;
+    if (args.stamps) {
+        result.begun = args.stamps[0], result.large_done = args.stamps[1];
+        result.done = now();
+    }
 }
 
 // Dynamic shared memory: a tile a warp; then (WARPS, lanes) partial states; then the merged lanes.
@@ -299,6 +261,7 @@ __device__ void fuse(const FuseArgs& args) {
     __syncthreads();
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const Partial nothing = {-INFINITE, 0, 0, 0, -INFINITE, 0};
+    if (args.stamps && slice == 0 && threadIdx.x == 0) args.results[row_index].joined = now();
 
     FuseLane mine[ROUNDS];
     Partial states[ROUNDS];

@@ -171,7 +171,7 @@ impl BackendOptions {
 
     #[cfg(feature = "cuda")]
     fn open_cuda(self, ensemble: Arc<Ensemble>, ordinal: usize) -> Result<Box<dyn Backend>> {
-        let options = cuda::CudaOptions { ordinal, limits: self.limits };
+        let options = cuda::CudaOptions { ordinal, limits: self.limits, graphs: true };
         Ok(Box::new(cuda::CudaBackend::new(ensemble, options, &mut |_| {})?))
     }
 
@@ -217,11 +217,11 @@ pub trait Backend {
     /// Fuses the logits of each row and chooses its token; `decisions` is cleared and gets one entry a row, so
     /// that one broken row doesn't cost the others theirs:
     /// [`Error::NotFinite`] where a model computed NaN or +inf,
-    /// [`Error::NoCandidate`] where every token is excluded.
+    /// [`Error::NoCandidate`] where every token is excluded. Returns the time that it took.
     ///
     /// # Errors
     /// Only where the device fails.
-    fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<()>;
+    fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<Duration>;
 
     /// Copies the logits of `model` in `slot` over the shared vocabulary: `(vocab_size,)` f32.
     ///

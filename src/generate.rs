@@ -11,7 +11,7 @@ mod top;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::backend::{Backend, Batch, Limits, Row};
 use crate::ensemble::Ensemble;
@@ -421,7 +421,6 @@ impl Generator {
     fn fuse(&mut self, mut pending: Vec<Pending>, time: StepTime) -> Result<()> {
         let mut failed = Vec::new();
         while !pending.is_empty() {
-            let started = Instant::now();
             let mut rows = Vec::with_capacity(pending.len());
             for p in &pending {
                 let sequence = &self.running[p.sequence];
@@ -429,8 +428,8 @@ impl Generator {
                 rows.extend((0..alike).map(|k| sequence.fuse_row(sequence.decided + k, p.slot + k)));
             }
             let count = rows.len().max(1) as u32;
-            self.backend.fuse(&rows, &mut self.scratch.decisions)?;
-            let time = StepTime { fusion: started.elapsed() / count, ..time };
+            let fusion = self.backend.fuse(&rows, &mut self.scratch.decisions)?;
+            let time = StepTime { fusion: fusion / count, ..time };
 
             let mut decisions = self.scratch.decisions.drain(..);
             for p in &mut pending {

@@ -28,7 +28,7 @@ const LIMITS: Limits = Limits { rows: 200, slots: 700, blocks: 58 };
 fn cuda(models: Vec<LlamaModel>) -> (Gpu, CudaBackend) {
     let gpu = Driver::load().unwrap().device("a100").unwrap();
     let ensemble = Arc::new(Ensemble::from_models(models).unwrap());
-    let options = CudaOptions { ordinal: gpu.ordinal(), limits: LIMITS };
+    let options = CudaOptions { ordinal: gpu.ordinal(), limits: LIMITS, graphs: true };
     let backend = CudaBackend::new(ensemble, options, &mut |_| {}).unwrap();
     (gpu, backend)
 }
@@ -152,7 +152,7 @@ fn the_demo_decodes_as_on_the_cpu() {
     ];
     let limits = Limits { rows: 64, slots: 8, blocks: 16 };
     let gpu = Driver::load().unwrap().device("rtx4090").unwrap();
-    let options = CudaOptions { ordinal: gpu.ordinal(), limits };
+    let options = CudaOptions { ordinal: gpu.ordinal(), limits, graphs: true };
     let cuda = CudaBackend::new(Arc::clone(&ensemble), options, &mut |_| {}).unwrap();
     let found = decode(Box::new(cuda), &ensemble, &requests);
     let cpu = CpuBackend::new(Arc::clone(&ensemble), CpuOptions { threads: 2, limits }).unwrap();
@@ -179,7 +179,7 @@ fn a_gpu_that_fails_says_where_and_stays_failed() {
     let limits = Limits { rows: 16, slots: 2, blocks: 4 };
     for call in [Call::Launch, Call::Copy] {
         let gpu = Driver::load().unwrap().device("h100").unwrap();
-        let options = CudaOptions { ordinal: gpu.ordinal(), limits };
+        let options = CudaOptions { ordinal: gpu.ordinal(), limits, graphs: true };
         let cuda = CudaBackend::new(Arc::clone(&ensemble), options, &mut |_| {}).unwrap();
         // CUDA_ERROR_LAUNCH_FAILED.
         gpu.inject(call, 2, 719);

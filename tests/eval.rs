@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use dlf_engine::backend::cpu::{CpuBackend, CpuOptions};
 use dlf_engine::backend::{Backend, Batch, ForwardTime, FuseRow, Limits};
@@ -312,7 +313,7 @@ impl Backend for Counting {
         &mut self,
         rows: &[FuseRow<'_>],
         decisions: &mut Vec<dlf_engine::Result<Decision>>,
-    ) -> dlf_engine::Result<()> {
+    ) -> dlf_engine::Result<Duration> {
         self.inner.fuse(rows, decisions)
     }
 

@@ -179,7 +179,8 @@ impl Backend for CpuBackend {
         Ok(ForwardTime { large: time(&mut self.large), small: time(&mut self.small) })
     }
 
-    fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<()> {
+    fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<Duration> {
+        let start = Instant::now();
         let Self { ensemble, fuser, pool, logits, limits, .. } = self;
         let logits = logits.get();
         let row_logits = |row: usize| {
@@ -197,7 +198,7 @@ impl Backend for CpuBackend {
         let mut parallel =
             |tasks: usize, task: &(dyn Fn(usize) + Sync)| pool.run(tasks, |_, index| task(index));
         fuser.fuse(&mut parallel, rows, &row_logits, decisions);
-        Ok(())
+        Ok(start.elapsed())
     }
 
     fn logits(&self, model: usize, slot: usize) -> Result<Vec<f32>> {

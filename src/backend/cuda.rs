@@ -10,11 +10,15 @@
 //! plan      the rows of a turn, as the kernels read them
 //! forward   the layers, in the order of the paper
 //! fusion    the search for α and the choice of the token, in one launch
+//! graph     launches that go to the GPU as one
+//! ahead     the next step, computed before it is asked for
 //! ```
 
+mod ahead;
 mod device;
 mod forward;
 mod fusion;
+mod graph;
 mod images;
 mod kernels;
 mod lora;
@@ -28,8 +32,9 @@ pub use device::{Gpu, device_count};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ahead::{Ahead, Machine, fusion_time};
 use forward::{Group, LogitsPlace};
-use fusion::{DeviceFuser, is_on_device};
+use fusion::{DeviceFuser, Encoded, is_on_device};
 use memory::Buffer;
 use weights::stride;
 
@@ -48,6 +53,9 @@ pub struct CudaOptions {
     pub ordinal: usize,
     /// What it can hold.
     pub limits: Limits,
+    /// Whether steps of decoding go to the GPU as one graph, before they are asked for. Without it every kernel is
+    /// launched by itself, on demand: slower, to the same bits.
+    pub graphs: bool,
 }
 
 /// Runs an ensemble on one NVIDIA GPU.
@@ -55,14 +63,22 @@ pub struct CudaOptions {
 /// Weights lie on the GPU as stored; activations, cache, logits and sums are f32, as on the CPU. Memory besides the
 /// weights is the cache, the logits, and activations of at most 512 rows.
 pub struct CudaBackend {
+    // The graphs go first, and after what is in flight: they hold addresses of all that follows.
+    ahead: Ahead,
     ensemble: Arc<Ensemble>,
     limits: Limits,
     gpu: Arc<Gpu>,
     checker: Checker,
-    /// `(models, slots, vocab_stride)`
+    /// `(2, models, slots, vocab_stride)`: the halves take turns where a step is computed ahead.
     logits: Buffer<f32>,
-    place: LogitsPlace,
+    places: [LogitsPlace; 2],
+    /// The half of the last step that was asked for.
+    half: usize,
+    /// Whether that step was computed ahead, and nobody has asked for its decisions yet.
+    fused_ahead: bool,
     stream: Arc<cudarc::driver::CudaStream>,
+    /// Reads logits while the next step runs.
+    reader: Arc<cudarc::driver::CudaStream>,
     large: Option<Group>,
     small: Option<Group>,
     device_fuser: DeviceFuser,
@@ -80,7 +96,7 @@ impl CudaBackend {
         options: CudaOptions,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Self> {
-        let CudaOptions { ordinal, limits } = options;
+        let CudaOptions { ordinal, limits, graphs } = options;
         let gpu = Gpu::open(ordinal)?;
         let models = ensemble.models();
         let of_role = |large: bool| {
@@ -88,29 +104,34 @@ impl CudaBackend {
             roles.filter(move |(_, model)| (model.role == Role::Large) == large).map(|(index, _)| index)
         };
         let stream = gpu.stream()?;
-        let logits =
-            gpu.zeros(&stream, models.len() * limits.slots * stride(ensemble.vocab_size()), "logits")?;
+        let vocab_size = ensemble.vocab_size();
+        let half = models.len() * limits.slots * stride(vocab_size);
+        let logits = gpu.zeros(&stream, 2 * half, "logits")?;
         gpu.synchronize(&stream)?;
         let large = Group::new(&gpu, &ensemble, of_role(true), limits, progress)?;
         let small = Group::new(&gpu, &ensemble, of_role(false), limits, progress)?;
         for group in [&large, &small].into_iter().flatten() {
             gpu.synchronize(group.stream())?;
         }
-        let vocab_size = ensemble.vocab_size();
-        let place = LogitsPlace {
-            address: logits.address(),
+        let places = [0, half].map(|first| LogitsPlace {
+            address: logits.address() + (first * size_of::<f32>()) as u64,
             vocab_size,
             vocab_stride: stride(vocab_size),
             slots: limits.slots,
-        };
-        let device_fuser = DeviceFuser::new(&gpu, &stream, &ensemble, place)?;
+        });
+        let device_fuser = DeviceFuser::new(&gpu, &stream, &ensemble, places[0])?;
+        let ahead = Ahead::new(&gpu, &stream, graphs)?;
         gpu.synchronize(&stream)?;
         Ok(Self {
+            ahead,
             checker: Checker::default(),
             limits,
             logits,
-            place,
+            places,
+            half: 0,
+            fused_ahead: false,
             stream,
+            reader: gpu.stream()?,
             large,
             small,
             device_fuser,
@@ -133,15 +154,88 @@ impl CudaBackend {
                 found: format!("model {model}, slot {slot}"),
             });
         }
-        let place = self.place;
+        let place = self.places[self.half];
         let mut logits = vec![0.0; place.vocab_size];
-        let at = (model * place.slots + slot) * place.vocab_stride;
-        self.gpu.read(&self.stream, &self.logits, at, &mut logits)?;
+        let first = self.half * self.ensemble.models().len() * place.slots;
+        let at = (first + model * place.slots + slot) * place.vocab_stride;
+        // The step was waited for: its logits are there, and a step ahead writes the other half.
+        self.gpu.read(&self.reader, &self.logits, at, &mut logits)?;
         Ok(logits)
     }
-}
 
-impl CudaBackend {
+    /// This backend as a step ahead needs it.
+    fn parts(&mut self) -> (&mut Ahead, Machine<'_>) {
+        let machine = Machine {
+            gpu: &self.gpu,
+            stream: &self.stream,
+            large: self.large.as_ref(),
+            small: self.small.as_ref(),
+            fuser: &mut self.device_fuser,
+            places: self.places,
+        };
+        (&mut self.ahead, machine)
+    }
+
+    /// Runs both groups side by side, each in its stream, and waits for them.
+    fn forward_now(&mut self, batch: &Batch<'_>) -> Result<ForwardTime> {
+        let started = Instant::now();
+        for group in [&mut self.large, &mut self.small].into_iter().flatten() {
+            group.forward(batch, self.places[0])?;
+        }
+        let wait = |group: &Option<Group>| match group {
+            Some(group) => self.gpu.synchronize(group.stream()).map(|()| started.elapsed()),
+            None => Ok(Duration::ZERO),
+        };
+        let large = wait(&self.large)?;
+        let small = wait(&self.small)?;
+        self.ahead.observe(batch);
+        Ok(ForwardTime { large, small: small.saturating_sub(large) })
+    }
+
+    /// The rows as the kernel reads them, where it can decide them all.
+    fn encode(&self, rows: &[FuseRow<'_>]) -> Option<Vec<Encoded>> {
+        let fits = rows.len() <= self.device_fuser.capacity() && rows.iter().all(is_on_device);
+        let encode = |row: &FuseRow<'_>| self.device_fuser.encode(&self.ensemble, row).ok();
+        fits.then(|| rows.iter().map(encode).collect())?
+    }
+
+    fn decode(&self, rows: &[FuseRow<'_>], encoded: &[Encoded]) -> Vec<Result<Decision>> {
+        // SAFETY: both callers have waited for this half's results.
+        let results = unsafe { self.device_fuser.results(self.half) };
+        let decode =
+            |((row, encoded), result)| self.device_fuser.decode(&self.ensemble, row, encoded, result);
+        rows.iter().zip(encoded).zip(results).map(decode).collect()
+    }
+
+    /// Decides rows that no step ahead has decided: one launch for all that the kernel can decide by itself; the
+    /// others (refined search, truncation, penalties, bans) are decided on the host, from the same logits.
+    fn fuse_now(
+        &mut self,
+        rows: &[FuseRow<'_>],
+        encoded: Option<Vec<Encoded>>,
+    ) -> Result<Vec<Result<Decision>>> {
+        if let Some(encoded) = encoded.filter(|_| self.half == 0 && self.ahead.foresees(rows)) {
+            let Self { gpu, stream, device_fuser, places, .. } = &mut *self;
+            if let Some(shape) = device_fuser.upload(gpu, stream, encoded.iter())? {
+                device_fuser.launch(gpu, stream, shape, places[0].address, 0)?;
+                device_fuser.fetch(gpu, stream, shape, 0)?;
+                let done = gpu.record(stream)?;
+                let (ahead, mut machine) = self.parts();
+                ahead.begin(&mut machine, encoded.clone(), shape)?;
+                self.gpu.wait_for(&done)?;
+                return Ok(self.decode(rows, &encoded));
+            }
+        }
+        let (device, host): (Vec<FuseRow<'_>>, Vec<FuseRow<'_>>) =
+            rows.iter().partition(|row| is_on_device(row));
+        let logits = self.places[self.half].address;
+        let on_device = self.device_fuser.fuse(&self.gpu, &self.stream, &self.ensemble, logits, &device)?;
+        let on_host = self.fuse_on_host(&host)?;
+        let (mut on_device, mut on_host) = (on_device.into_iter(), on_host.into_iter());
+        let next = |row| if is_on_device(row) { on_device.next() } else { on_host.next() };
+        Ok(rows.iter().filter_map(next).collect())
+    }
+
     fn fuse_on_host(&mut self, rows: &[FuseRow<'_>]) -> Result<Vec<Result<Decision>>> {
         let mut all = Vec::with_capacity(rows.len());
         for row in rows {
@@ -166,47 +260,53 @@ impl CudaBackend {
     }
 }
 
+impl Drop for CudaBackend {
+    fn drop(&mut self) {
+        // A step in flight uses memory of all streams. Where the device has failed, nothing runs.
+        let _ = self.gpu.synchronize(&self.stream);
+    }
+}
+
 impl Backend for CudaBackend {
     fn limits(&self) -> Limits {
         self.limits
     }
 
-    /// The two groups run side by side, each in its stream; the time is until both are done.
+    /// The two groups run side by side; the time is until both are done.
     fn forward(&mut self, batch: &Batch<'_>) -> Result<ForwardTime> {
         self.checker.check(&self.ensemble, self.limits, batch)?;
-        let place = self.place;
-        let started = Instant::now();
-        for group in [&mut self.large, &mut self.small].into_iter().flatten() {
-            group.forward(batch, place)?;
+        let (ahead, mut machine) = self.parts();
+        let taken = ahead.take(&mut machine, batch)?;
+        self.fused_ahead = taken.is_some();
+        if let Some((half, time)) = taken {
+            self.half = half;
+            return Ok(time);
         }
-        let wait = |group: &Option<Group>| match group {
-            Some(group) => self.gpu.synchronize(group.stream()).map(|()| started.elapsed()),
-            None => Ok(Duration::ZERO),
-        };
-        let large = wait(&self.large)?;
-        let small = wait(&self.small)?;
-        Ok(ForwardTime { large, small: small.saturating_sub(large) })
+        self.half = 0;
+        self.forward_now(batch)
     }
 
-    /// One launch for all rows that are decided over a grid or at a given α, greedily, by temperature or by force; the
-    /// others (refined search, truncation, penalties, bans) are decided on the host, from the same logits.
-    fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<()> {
-        let (device, host): (Vec<FuseRow<'_>>, Vec<FuseRow<'_>>) =
-            rows.iter().partition(|row| is_on_device(row));
-        let on_device = self.device_fuser.fuse(&self.gpu, &self.stream, &self.ensemble, &device)?;
-        let on_host = self.fuse_on_host(&host)?;
-        let (mut on_device, mut on_host) = (on_device.into_iter(), on_host.into_iter());
+    fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<Duration> {
+        let started = Instant::now();
         decisions.clear();
-        for row in rows {
-            let decision = if is_on_device(row) { on_device.next() } else { on_host.next() };
+        let encoded = self.encode(rows);
+        let foreseen = encoded.clone().filter(|_| std::mem::take(&mut self.fused_ahead));
+        let (ahead, machine) = self.parts();
+        let (found, time) = if ahead.decided(&machine, foreseen)? {
+            // SAFETY: `forward` has waited for them.
+            let time = fusion_time(unsafe { self.device_fuser.results(self.half) });
+            (self.decode(rows, &encoded.unwrap_or_default()), Some(time))
+        } else {
+            (self.fuse_now(rows, encoded)?, None)
+        };
+        for (row, decision) in rows.iter().zip(found) {
             match decision {
                 // The host says which value it is, and that is worth a copy of the row.
-                Some(Err(Error::NotFinite { .. })) => decisions.extend(self.fuse_on_host(&[*row])?),
-                Some(decision) => decisions.push(decision),
-                None => {}
+                Err(Error::NotFinite { .. }) => decisions.extend(self.fuse_on_host(&[*row])?),
+                decision => decisions.push(decision),
             }
         }
-        Ok(())
+        Ok(time.unwrap_or_else(|| started.elapsed()))
     }
 
     fn logits(&self, model: usize, slot: usize) -> Result<Vec<f32>> {

@@ -1,6 +1,7 @@
 //! A backend that plays logits from a script: what the `Generator` does with a backend, seen without a model.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use dlf_engine::Result;
 use dlf_engine::backend::{Backend, Batch, Choice, ForwardTime, FuseRow, Limits};
@@ -52,7 +53,7 @@ impl Backend for Scripted {
         Ok(ForwardTime::default())
     }
 
-    fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<()> {
+    fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<Duration> {
         decisions.clear();
         for row in rows {
             let said = self.said[&(0, row.slot)];
@@ -68,7 +69,7 @@ impl Backend for Scripted {
             decision.alpha.push(alpha);
             decisions.push(Ok(decision));
         }
-        Ok(())
+        Ok(Duration::ZERO)
     }
 
     fn logits(&self, _model: usize, _slot: usize) -> Result<Vec<f32>> {

@@ -174,6 +174,16 @@ impl Gpu {
         self.call(|| "cuEventRecord".to_owned(), || stream.record_event(None))
     }
 
+    /// Lets what comes into `stream` wait for `event`.
+    pub(crate) fn wait(&self, stream: &CudaStream, event: &CudaEvent) -> Result<()> {
+        self.call(|| "cuStreamWaitEvent".to_owned(), || stream.wait(event))
+    }
+
+    /// Waits for `event`.
+    pub(crate) fn wait_for(&self, event: &CudaEvent) -> Result<()> {
+        self.call(|| "cuEventSynchronize".to_owned(), || event.synchronize())
+    }
+
     /// The kernel `symbol` of the image `module`, loaded where it isn't yet.
     ///
     /// # Errors

@@ -12,11 +12,11 @@ use cudarc::driver::CudaStream;
 use super::device::{Gpu, Grid};
 use super::kernels::{
     AttentionArgs, EmbedArgs, IntoArgs, Kernels, LmHeadArgs, LoraArgs, MOST_ROWS, Product, Projections,
-    QkvArgs, SPLIT, WARPS, staging,
+    QkvArgs, SPLIT, StepRows, WARPS, staging,
 };
 use super::lora::{DeviceAdapters, Stage};
 use super::memory::Buffer;
-use super::plan::{Members, Plan};
+use super::plan::{LISTS, Members, Plan};
 use super::weights::{DeviceWeights, LayerLayout, stride};
 use crate::adapter::LoraAdapter;
 use crate::backend::{Batch, Limits, Row};
@@ -44,6 +44,15 @@ pub(crate) struct LogitsPlace {
     pub(crate) slots: usize,
 }
 
+/// What the launches of a turn follow from: turns of one shape differ only in what lies in device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct GroupShape {
+    rows: usize,
+    most_rows: usize,
+    most_wanted: usize,
+    pub(crate) splits: usize,
+}
+
 /// Models of one architecture on one GPU: weights, cache and activations.
 pub(crate) struct Group {
     gpu: Arc<Gpu>,
@@ -61,6 +70,8 @@ pub(crate) struct Group {
     buffers: Buffers,
     plan: Plan,
     rows: Vec<Row>,
+    /// The lists of the plan as one copy takes them.
+    words: Vec<u32>,
     /// Rows of a turn at most.
     capacity: usize,
     /// Positions of a sequence at most.
@@ -85,7 +96,7 @@ struct Buffers {
     partial: Buffer<f32>,
     /// `(rows of a part, heads, splits, 2)`
     state: Buffer<f32>,
-    /// Eight lists of `capacity` numbers: see [`Lists`].
+    /// Nine lists of [`Group::room`] numbers: see [`Lists`].
     lists: Buffer<u32>,
     /// `(tables, table_stride)`
     tables: Buffer<u32>,
@@ -161,6 +172,7 @@ impl Group {
             buffers,
             plan: Plan::default(),
             rows: Vec::new(),
+            words: Vec::new(),
             capacity,
             positions,
             table_stride,
@@ -170,6 +182,11 @@ impl Group {
     /// The stream that this group runs in.
     pub(crate) fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    /// Positions of a sequence at most.
+    pub(crate) fn positions(&self) -> usize {
+        self.positions
     }
 
     /// Puts this group's rows of `batch` into its stream.
@@ -190,49 +207,82 @@ impl Group {
             // tables share blocks.
             rows.sort_by_key(|row| row.position);
         }
+        self.plan.clear();
         for turn in rows.chunks_mut(self.capacity) {
             self.plan.fill(&self.members, batch, turn, logits.slots, self.table_stride);
-            self.turn(logits)?;
+            self.upload()?;
+            self.run(self.splits(self.plan.last_position() as usize), logits)?;
         }
         self.rows = rows;
         Ok(())
     }
 
-    fn turn(&mut self, logits: LogitsPlace) -> Result<()> {
-        let lists = self.upload()?;
+    /// Splits of attention up to `position`.
+    pub(crate) fn splits(&self, position: usize) -> usize {
+        // Powers of two, so that a recorded step serves for many positions. Splits without a position end at once.
+        let most = self.positions.div_ceil(SPLIT);
+        (position / SPLIT + 1).next_power_of_two().min(most)
+    }
+
+    /// What the launches of the last turn follow from; `None` where it had no rows.
+    pub(crate) fn shape(&self, last_position: usize) -> Option<GroupShape> {
+        let plan = &self.plan;
+        (plan.rows() > 0).then(|| GroupShape {
+            rows: plan.rows(),
+            most_rows: plan.most_rows(),
+            most_wanted: plan.most_wanted(),
+            splits: self.splits(last_position),
+        })
+    }
+
+    /// The rows of the last turn on the GPU, for whoever moves them to the next step.
+    pub(crate) fn step_rows(&self) -> StepRows {
+        let lists = self.lists();
+        StepRows {
+            token: lists.token,
+            position: lists.position,
+            wanted_slot: lists.wanted_slot,
+            rows: self.plan.rows() as u64,
+        }
+    }
+
+    /// Puts the layers for the rows that were uploaded last into this group's stream.
+    pub(crate) fn run(&self, splits: usize, logits: LogitsPlace) -> Result<()> {
+        let lists = self.lists();
         self.embed(lists)?;
         for layer in 0..self.config.num_hidden_layers {
-            self.attention(lists, layer)?;
+            self.attention(lists, layer, splits)?;
             self.feed_forward(lists, layer)?;
         }
         self.output(lists, logits)
     }
 
-    /// Copies the plan to the GPU.
-    fn upload(&mut self) -> Result<Lists> {
-        let Self { gpu, stream, plan, buffers, capacity, .. } = self;
-        let lists = [
-            &plan.token,
-            &plan.position,
-            &plan.table,
-            &plan.model,
-            &plan.adapter,
-            &plan.wanted,
-            &plan.wanted_slot,
-            &plan.set_first,
-            &plan.wanted_first,
-        ];
-        // The lists of sets are as short as the sets are few, but may be longer than few rows.
-        let room = (*capacity).max(super::plan::MAX_GROUP + 1);
-        let mut addresses = [0; 9];
-        for (index, list) in lists.into_iter().enumerate() {
-            gpu.write(stream, &mut buffers.lists, index * room, list)?;
-            addresses[index] = buffers.lists.address() + (index * room * size_of::<u32>()) as u64;
+    /// Numbers of a list. The lists of sets are as short as the sets are few, but may be longer than few rows.
+    fn room(&self) -> usize {
+        self.capacity.max(super::plan::MAX_GROUP + 1)
+    }
+
+    /// Copies the plan to the GPU, in one go and the tables.
+    fn upload(&mut self) -> Result<()> {
+        let room = self.room();
+        let Self { gpu, stream, plan, buffers, words, .. } = self;
+        let lists = plan.lists();
+        words.clear();
+        words.resize(room * lists.len(), 0);
+        for (list, to) in lists.iter().zip(words.chunks_mut(room)) {
+            to[..list.len()].copy_from_slice(list);
         }
-        gpu.write(stream, &mut buffers.tables, 0, &plan.tables)?;
+        gpu.write(stream, &mut buffers.lists, 0, words)?;
+        gpu.write(stream, &mut buffers.tables, 0, &plan.tables)
+    }
+
+    /// Where the lists lie.
+    fn lists(&self) -> Lists {
+        let list =
+            |index: usize| self.buffers.lists.address() + (index * self.room() * size_of::<u32>()) as u64;
         let [token, position, table, model, adapter, wanted, wanted_slot, set_first, wanted_first] =
-            addresses;
-        Ok(Lists { token, position, table, model, adapter, wanted, wanted_slot, set_first, wanted_first })
+            std::array::from_fn(list);
+        Lists { token, position, table, model, adapter, wanted, wanted_slot, set_first, wanted_first }
     }
 
     fn embed(&self, lists: Lists) -> Result<()> {
@@ -252,7 +302,7 @@ impl Group {
     }
 
     /// hidden += o_proj(attention(norm(hidden)))
-    fn attention(&self, lists: Lists, layer: usize) -> Result<()> {
+    fn attention(&self, lists: Lists, layer: usize, splits: usize) -> Result<()> {
         let config = &self.config;
         let (heads, kv_heads, head_dim) =
             (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
@@ -284,18 +334,17 @@ impl Group {
             kv_heads: u32_of(kv_heads),
             head_dim: u32_of(head_dim),
         })?;
-        self.attend(lists, cache)?;
+        self.attend(lists, cache, splits)?;
         let attended = Input { x: self.buffers.attended.address(), cols: heads * head_dim, norm: None };
         self.add(lists, layer, Stage::O, attended, (at.o_proj, at.o_bias))
     }
 
     /// attended = softmax(q kᵀ / √head_dim) v, row by row.
-    fn attend(&self, lists: Lists, cache: u64) -> Result<()> {
+    fn attend(&self, lists: Lists, cache: u64, splits: usize) -> Result<()> {
         let config = &self.config;
         let (heads, kv_heads, head_dim) =
             (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
         let query_stride = stride(heads * head_dim);
-        let splits = self.plan.last_position() as usize / SPLIT + 1;
         let rows_at_once = rows_of_a_part(heads, splits, head_dim);
         let (kernel, group) = (&self.kernels.attention.0, self.kernels.attention.1);
         let chunks = (heads / kv_heads.max(1)).div_ceil(group);
@@ -515,7 +564,7 @@ impl Buffers {
             low_rank: f32s(rows * 3 * rank)?,
             partial: f32s(most * head_dim)?,
             state: f32s(most * 2)?,
-            lists: gpu.zeros(stream, 9 * rows.max(super::plan::MAX_GROUP + 1), "activations")?,
+            lists: gpu.zeros(stream, LISTS * rows.max(super::plan::MAX_GROUP + 1), "activations")?,
             tables: gpu.zeros(stream, rows * table_stride, "block tables")?,
         })
     }

@@ -149,6 +149,37 @@ pub(crate) struct LoraArgs {
     pub(crate) eps: f32,
 }
 
+/// `StepGroup` in step.cu.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct StepRows {
+    pub(crate) token: u64,
+    pub(crate) position: u64,
+    pub(crate) wanted_slot: u64,
+    pub(crate) rows: u64,
+}
+
+/// `AdvanceArgs` in step.cu.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct AdvanceArgs {
+    pub(crate) large: StepRows,
+    pub(crate) small: StepRows,
+    pub(crate) results: u64,
+    pub(crate) fused: u64,
+    pub(crate) stamps: u64,
+    pub(crate) slots: u32,
+    pub(crate) fused_rows: u32,
+    pub(crate) vocab_size: u32,
+}
+
+/// `StampArgs` in step.cu.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct StampArgs {
+    pub(crate) to: u64,
+}
+
 // SAFETY: plain numbers in the layout of C, which is that of the kernels' structs.
 unsafe impl DeviceRepr for EmbedArgs {}
 // SAFETY: as above.
@@ -161,6 +192,11 @@ unsafe impl DeviceRepr for LmHeadArgs {}
 unsafe impl DeviceRepr for AttentionArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for LoraArgs {}
+
+// SAFETY: as above.
+unsafe impl DeviceRepr for AdvanceArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for StampArgs {}
 
 /// One projection, for each number of rows.
 pub(crate) struct Projections([Kernel; 4]);

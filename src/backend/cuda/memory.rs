@@ -26,6 +26,25 @@ impl<T> Buffer<T> {
     }
 }
 
+/// Page-locked host memory that the GPU writes and the host reads.
+#[derive(Debug)]
+pub(crate) struct Landing<T> {
+    pinned: PinnedHostSlice<T>,
+    /// Where it lies. Asking `pinned` would wait for an event, which a capture forbids.
+    at: *mut T,
+}
+
+impl<T> Landing<T> {
+    /// What arrived.
+    ///
+    /// # Safety
+    /// No copy to it may be on its way: the stream of the last one was waited for.
+    pub(crate) unsafe fn numbers(&self) -> &[T] {
+        // SAFETY: so many were allocated and set to zero, and nobody writes them: the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.at, self.pinned.len()) }
+    }
+}
+
 impl Gpu {
     /// Zeros; `what` names their use.
     ///
@@ -126,6 +145,38 @@ impl Gpu {
                 let mut pinned = self.context().alloc_pinned_with_flags::<T>(len.max(1), 0)?;
                 pinned.as_mut_ptr()?.write_bytes(0, len.max(1));
                 Ok(pinned)
+            }
+        })
+    }
+
+    /// Host memory that results come to: see [`Landing`]. Zeros.
+    pub(crate) fn landing<T: DeviceRepr + ValidAsZeroBits>(&self, len: usize) -> Result<Landing<T>> {
+        let mut pinned = self.pinned(len)?;
+        let at = self.call(|| "address of pinned memory".to_owned(), || pinned.as_mut_ptr())?;
+        Ok(Landing { pinned, at })
+    }
+
+    /// Puts a copy of the first `len` numbers of `buffer` into `stream`; also while it is captured.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], also where there are not so many.
+    pub(crate) fn fetch<T: DeviceRepr>(
+        &self,
+        stream: &CudaStream,
+        buffer: &Buffer<T>,
+        len: usize,
+        into: &mut Landing<T>,
+    ) -> Result<()> {
+        let operation = || format!("copy of {} bytes from the device", len * size_of::<T>());
+        if len > buffer.len() || len > into.pinned.len() {
+            return Err(self.misfit(operation(), 0, len, buffer.len().min(into.pinned.len())));
+        }
+        self.call(operation, || {
+            // SAFETY: `len` numbers were allocated at `at`, and nobody reads them while the copy runs: see
+            // `Landing::numbers`.
+            unsafe {
+                let into = std::slice::from_raw_parts_mut(into.at, len);
+                cudarc::driver::result::memcpy_dtoh_async(into, buffer.address, stream.cu_stream())
             }
         })
     }

@@ -9,6 +9,9 @@ use crate::model::MAX_EXPERTS;
 /// Models that run together at most: the small one and its experts.
 pub(crate) const MAX_GROUP: usize = MAX_EXPERTS + 1;
 
+/// Lists of a plan.
+pub(crate) const LISTS: usize = 9;
+
 /// A row without an adapter.
 pub(crate) const NO_ADAPTER: u32 = u32::MAX;
 
@@ -115,7 +118,23 @@ impl Plan {
         self.wanted_first.resize(members.owners.len() + 1, self.wanted.len() as u32);
     }
 
-    fn clear(&mut self) {
+    /// The lists that the kernels read, beside the tables.
+    pub(crate) fn lists(&self) -> [&[u32]; LISTS] {
+        [
+            &self.token,
+            &self.position,
+            &self.table,
+            &self.model,
+            &self.adapter,
+            &self.wanted,
+            &self.wanted_slot,
+            &self.set_first,
+            &self.wanted_first,
+        ]
+    }
+
+    /// Forgets all rows.
+    pub(crate) fn clear(&mut self) {
         let Self { token, position, table, model, adapter, set_first, wanted, .. } = self;
         for numbers in [token, position, table, model, adapter, set_first, wanted] {
             numbers.clear();

@@ -4,11 +4,12 @@
 use std::sync::Arc;
 
 use super::*;
+use crate::backend::Choice;
 use crate::backend::cpu::fuse::{Fuser, sequential};
 use crate::backend::cuda::tests::virtual_gpu;
 use crate::backend::cuda::weights::stride;
 use crate::config::LlamaConfig;
-use crate::fusion::{AlphaGrid, DynamicRule, Logits};
+use crate::fusion::{AlphaGrid, DynamicRule, FusionRule, Logits, Objective};
 use crate::model::LlamaModel;
 use crate::sampling::SamplingParams;
 use crate::weights::{Dtype, LlamaWeights};
@@ -90,10 +91,10 @@ fn fuse_both(models: &[Vec<Vec<f32>>], rows: &[FuseRow<'_>]) -> Both {
     let place = LogitsPlace { address: logits.address(), vocab_size, vocab_stride, slots };
     let mut fuser = DeviceFuser::new(&gpu, &stream, &ensemble, place).unwrap();
     device.clear();
-    let on_device = fuser.fuse(&gpu, &stream, &ensemble, rows).unwrap();
+    let on_device = fuser.fuse(&gpu, &stream, &ensemble, place.address, rows).unwrap();
     let launches = device.launches().len();
     // The launch leaves tickets as it found them: it can be repeated, and gives the same.
-    let again = fuser.fuse(&gpu, &stream, &ensemble, rows).unwrap();
+    let again = fuser.fuse(&gpu, &stream, &ensemble, place.address, rows).unwrap();
     for (first, second) in on_device.iter().zip(&again) {
         assert_eq!(first.as_ref().ok(), second.as_ref().ok());
     }
@@ -302,7 +303,7 @@ fn each_logit_is_read_once() {
         let place = LogitsPlace { address: logits.address(), vocab_size, vocab_stride: vocab_size, slots: 1 };
         let mut fuser = DeviceFuser::new(&gpu, &stream, &ensemble, place).unwrap();
         device.clear();
-        fuser.fuse(&gpu, &stream, &ensemble, &[row]).unwrap().remove(0).unwrap();
+        fuser.fuse(&gpu, &stream, &ensemble, place.address, &[row]).unwrap().remove(0).unwrap();
         let launches = device.launches();
         assert_eq!(launches.len(), 1);
         let counters = launches[0].counters;

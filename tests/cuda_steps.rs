@@ -1,0 +1,234 @@
+//! Steps of decoding on the virtual device as graphs: to the bit those that are launched on demand, whatever the batch
+//! does, and as few launches as promised.
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
+
+use std::sync::Arc;
+
+use dlf_engine::Ensemble;
+use dlf_engine::backend::Limits;
+use dlf_engine::backend::cuda::{CudaBackend, CudaOptions};
+use dlf_engine::fusion::{DynamicRule, FusionRule};
+use dlf_engine::model::{LlamaModel, Role};
+use dlf_engine::weights::Dtype;
+use dlf_engine::{Generator, Request, SamplingParams, Step};
+use virtual_gpu::host::{Call, Driver, Gpu};
+
+#[path = "support/models.rs"]
+mod models;
+
+use models::{EVEN, Shape, mixed_ensemble, model, tokens};
+
+const LIMITS: Limits = Limits { rows: 64, slots: 8, blocks: 48 };
+
+/// A large model that is wider than the small one, and experts of their own weights.
+fn ensemble(experts: usize) -> Arc<Ensemble> {
+    let wide = Shape { hidden: 96, heads: 8, kv_heads: 4, ..EVEN };
+    let roles = std::iter::once(Role::Small).chain((0..experts).map(Role::Expert));
+    let group = roles.enumerate().map(|(seed, role)| model(role, EVEN, Dtype::Bf16, seed as u64 + 2));
+    let models: Vec<LlamaModel> =
+        std::iter::once(model(Role::Large, wide, Dtype::Bf16, 1)).chain(group).collect();
+    Arc::new(Ensemble::from_models(models).unwrap())
+}
+
+fn open(ensemble: &Arc<Ensemble>, graphs: bool) -> (Gpu, Generator) {
+    open_with(ensemble, graphs, LIMITS)
+}
+
+fn open_with(ensemble: &Arc<Ensemble>, graphs: bool, limits: Limits) -> (Gpu, Generator) {
+    let gpu = Driver::load().unwrap().device("h100").unwrap();
+    let options = CudaOptions { ordinal: gpu.ordinal(), limits, graphs };
+    let cuda = CudaBackend::new(Arc::clone(ensemble), options, &mut |_| {}).unwrap();
+    (gpu, Generator::new(Arc::clone(ensemble), Box::new(cuda)))
+}
+
+fn run(generator: Generator) -> Vec<Step> {
+    let mut steps: Vec<Step> = generator.map(|step| step.unwrap()).collect();
+    steps.sort_by_key(|step| (step.request, step.index));
+    steps
+}
+
+/// All but the times.
+fn assert_same(found: &[Step], expected: &[Step]) {
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.iter().zip(expected) {
+        let key = |step: &Step| (step.request, step.index, step.token, step.decision.clone());
+        assert_eq!(key(found), key(expected));
+    }
+}
+
+fn prompt(seed: usize, length: usize) -> Vec<u32> {
+    tokens(length, EVEN.vocab, seed)
+}
+
+/// Sequences that end at different steps, under rules of every kind.
+fn requests() -> Vec<Request> {
+    let sampled = SamplingParams { temperature: 0.9, seed: 5, ..SamplingParams::default() };
+    let held = FusionRule::Dynamic(DynamicRule { every: 3, ..DynamicRule::default() });
+    let mut requests = vec![
+        Request::new(prompt(0, 5), 12),
+        Request::new(prompt(1, 17), 7).rule(FusionRule::Static(std::iter::once(0.7).collect())),
+        Request::new(prompt(2, 3), 9).sampling(sampled),
+        Request::new(prompt(3, 4), 5).rule(held),
+        Request::new(prompt(4, 6), 6).rule(FusionRule::Large),
+    ];
+    for request in &mut requests {
+        request.ignore_eos = true;
+    }
+    requests
+}
+
+#[test]
+fn graphs_give_what_eager_launches_give() {
+    let (models, _) = mixed_ensemble(EVEN, Dtype::F16);
+    for ensemble in [ensemble(2), Arc::new(Ensemble::from_models(models).unwrap())] {
+        // Alone, where a long chain of steps runs ahead, and all together, where sequences end and chains break.
+        let mut launched = 0;
+        for range in [0..1, 1..2, 2..3, 4..5, 0..5] {
+            let (eager_gpu, mut eager) = open(&ensemble, false);
+            let (gpu, mut graphs) = open(&ensemble, true);
+            for request in &requests()[range] {
+                eager.push(request.clone()).unwrap();
+                graphs.push(request.clone()).unwrap();
+            }
+            assert_same(&run(graphs), &run(eager));
+            assert_eq!((gpu.reports(), eager_gpu.reports()), (vec![], vec![]));
+            assert_eq!(eager_gpu.calls("cuGraphLaunch"), 0);
+            launched += gpu.calls("cuGraphLaunch");
+        }
+        // A chain begins at the third step: 10 + 5 + 7 + 4 of those alone.
+        assert!(launched >= 20, "{launched}");
+    }
+}
+
+#[test]
+fn order_of_streams_and_blocks_changes_nothing() {
+    let ensemble = ensemble(1);
+    let mut first: Option<Vec<Step>> = None;
+    for seed in 0..4 {
+        let (gpu, mut generator) = open(&ensemble, true);
+        gpu.seed(seed);
+        for request in &requests()[..3] {
+            generator.push(request.clone()).unwrap();
+        }
+        let steps = run(generator);
+        assert_eq!(gpu.reports(), []);
+        assert_same(&steps, first.get_or_insert_with(|| steps.clone()));
+    }
+}
+
+#[test]
+fn a_request_in_the_middle_breaks_no_chain_of_others() {
+    let ensemble = ensemble(1);
+    let mut all = Vec::new();
+    for graphs in [false, true] {
+        let (gpu, mut generator) = open(&ensemble, graphs);
+        generator.push(requests()[0].clone()).unwrap();
+        let mut steps: Vec<Step> = generator.by_ref().take(6).map(|step| step.unwrap()).collect();
+        // Its blocks are free while the step after it is in flight, and the next request takes them.
+        generator.cancel(0);
+        generator.push(requests()[2].clone()).unwrap();
+        steps.extend(run(generator));
+        assert_eq!(gpu.reports(), []);
+        all.push(steps);
+    }
+    assert_same(&all[1], &all[0]);
+}
+
+#[test]
+fn logits_are_those_of_the_step_that_was_asked_for() {
+    let ensemble = ensemble(1);
+    let mut request = requests()[0].clone();
+    request.top_logprobs = 4;
+    let mut tops = Vec::new();
+    for graphs in [false, true] {
+        let (gpu, mut generator) = open(&ensemble, graphs);
+        generator.push(request.clone()).unwrap();
+        let steps = run(generator);
+        assert_eq!(gpu.calls("cuGraphLaunch") > 0, graphs);
+        tops.push(steps.into_iter().map(|step| step.top).collect::<Vec<_>>());
+    }
+    assert_eq!(tops[1], tops[0]);
+    assert!(tops[0].iter().all(|top| top.len() == 4));
+}
+
+#[test]
+fn a_token_is_one_graph_of_few_launches() {
+    for experts in [1, 3] {
+        let ensemble = ensemble(experts);
+        let (gpu, mut generator) = open(&ensemble, true);
+        generator.push(requests()[0].clone()).unwrap();
+        let steps = generator.by_ref();
+        for _ in 0..4 {
+            steps.next().unwrap().unwrap();
+        }
+        gpu.clear();
+        let before = |name| gpu.calls(name);
+        let names = ["cuGraphLaunch", "cuLaunchKernel", "cuMemcpyHtoDAsync_v2", "cuStreamBeginCapture_v2"];
+        let counts = names.map(before);
+        steps.next().unwrap().unwrap();
+        let counts: Vec<u64> =
+            names.iter().zip(counts).map(|(name, count)| gpu.calls(name) - count).collect();
+        // The second half of the logits was recorded two steps ago: nothing but one launch.
+        assert_eq!(counts, [1, 0, 0, 0]);
+        // Each step has run once; what is in flight hasn't.
+        let launches = gpu.launches();
+        let layers = 2;
+        assert!(launches.len() <= 6 * layers + 6 * layers + 8, "{}", launches.len());
+        assert_eq!(launches.len(), 6 * layers + 6 * layers + 7);
+        assert!(launches.iter().all(|launch| launch.from_graph));
+    }
+}
+
+#[test]
+fn the_step_ahead_stops_at_the_end_of_the_blocks() {
+    // Five blocks of 16 positions, all of which one sequence takes: the last steps have nothing ahead of them.
+    let ensemble = ensemble(1);
+    let (gpu, mut generator) = open_with(&ensemble, true, Limits { blocks: 5, ..LIMITS });
+    let mut request = Request::new(prompt(7, 5 * 16 - 7), 7);
+    request.ignore_eos = true;
+    generator.push(request).unwrap();
+    let steps = run(generator);
+    assert_eq!(steps.len(), 7);
+    assert_eq!(gpu.reports(), []);
+}
+
+#[test]
+fn every_driver_call_may_fail() {
+    let ensemble = ensemble(1);
+    let all = [Call::Allocate, Call::Launch, Call::Copy, Call::Module, Call::Synchronise, Call::Stream];
+    for call in all {
+        let mut failed = 0;
+        for nth in (1..).step_by(if call == Call::Launch { 23 } else { 7 }) {
+            let gpu = Driver::load().unwrap().device("a100").unwrap();
+            let used = gpu.totals().live_bytes;
+            // CUDA_ERROR_LAUNCH_FAILED, or no memory.
+            gpu.inject(call, nth, if call == Call::Allocate { 2 } else { 719 });
+            let options = CudaOptions { ordinal: gpu.ordinal(), limits: LIMITS, graphs: true };
+            let result = CudaBackend::new(Arc::clone(&ensemble), options, &mut |_| {}).and_then(|cuda| {
+                let mut generator = Generator::new(Arc::clone(&ensemble), Box::new(cuda));
+                generator.push(requests()[0].clone())?;
+                generator.collect::<Result<Vec<Step>, _>>()
+            });
+            // Neither a hang nor a panic, and nothing is left behind.
+            gpu.recover();
+            let leak = gpu.totals().live_bytes.saturating_sub(used);
+            assert_eq!(leak, 0, "{call:?} {nth}: {leak} bytes");
+            match result {
+                Err(error) => {
+                    assert!(
+                        error.to_string().starts_with("cuda:")
+                            || error.to_string().starts_with("device cuda:")
+                    );
+                    failed += 1;
+                }
+                // So many calls there aren't.
+                Ok(steps) => {
+                    assert_eq!(steps.len(), 12);
+                    break;
+                }
+            }
+        }
+        assert!(failed > 0, "{call:?}");
+    }
+}
