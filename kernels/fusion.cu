@@ -26,7 +26,7 @@ constexpr u32 NO_DIRECTION = COMBINED + 1;
 constexpr u32 NOBODY = 0xffffffffu;
 constexpr u64 ALL_FINITE = ~0ull;
 
-struct Partial {
+struct alignas(8) Partial {
     float m, s, u;
     u32 best;      // argmax x, the lowest id where several tie
     float key;     // max x / τ + g
@@ -74,8 +74,9 @@ __device__ float gumbel(u32 word) {
 
 // What another block wrote: past the first-level cache.
 __device__ Partial read(const Partial* from) {
-    const float* x = reinterpret_cast<const float*>(from);
-    return {__ldcg(x), __ldcg(x + 1), __ldcg(x + 2), __float_as_uint(__ldcg(x + 3)), __ldcg(x + 4), __float_as_uint(__ldcg(x + 5))};
+    const uint2* x = reinterpret_cast<const uint2*>(from);
+    const uint2 a = __ldcg(x), b = __ldcg(x + 1), c = __ldcg(x + 2);
+    return {__uint_as_float(a.x), __uint_as_float(a.y), __uint_as_float(b.x), b.y, __uint_as_float(c.x), c.y};
 }
 
 // Both parts together; the lower id where two tie.

@@ -1,0 +1,154 @@
+//! What a step of decoding does to memory, counted on the virtual device: exact, and the same in every run.
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
+
+use std::sync::Arc;
+
+use dlf_engine::Ensemble;
+use dlf_engine::backend::cuda::{CudaBackend, CudaOptions};
+use dlf_engine::backend::{Backend, Batch, Choice, FuseRow, Limits, Row};
+use dlf_engine::fusion::FusionRule;
+use dlf_engine::kv_cache::BlockTable;
+use dlf_engine::model::Role;
+use dlf_engine::weights::Dtype;
+use virtual_gpu::host::{Driver, Gpu, Launch};
+
+#[path = "support/models.rs"]
+mod models;
+
+use models::{Shape, model};
+
+/// The widths of SmolLM2-135M, and two of its layers.
+const SMOL: Shape =
+    Shape { hidden: 576, intermediate: 1536, heads: 9, kv_heads: 3, head_dim: 64, vocab: 49152, bias: false };
+
+/// What one step launched, for `sequences` sequences in every model.
+fn step(roles: &[Role], sequences: usize, shape: Shape) -> Vec<Launch> {
+    let models = roles.iter().enumerate().map(|(seed, &role)| model(role, shape, Dtype::Bf16, seed as u64));
+    let ensemble = Arc::new(Ensemble::from_models(models.collect()).unwrap());
+    let gpu: Gpu = Driver::load().unwrap().device("h100").unwrap();
+    let limits = Limits { rows: sequences, slots: sequences, blocks: sequences };
+    let options = CudaOptions { ordinal: gpu.ordinal(), limits, graphs: false };
+    let mut backend = CudaBackend::new(ensemble, options, &mut |_| {}).unwrap();
+    let tables: Vec<BlockTable> =
+        (0..sequences).map(|block| BlockTable { blocks: vec![block as u32] }).collect();
+    let row = |model, table| Row { model, table, position: 0, token: 7, slot: Some(table) };
+    let rows: Vec<Row> =
+        (0..roles.len()).flat_map(|model| (0..sequences).map(move |table| row(model, table))).collect();
+    gpu.clear();
+    backend.forward(&Batch { rows: &rows, tables: &tables }).unwrap();
+    assert_eq!(gpu.reports(), []);
+    gpu.launches()
+}
+
+/// The bytes of the projections of one model: what decoding a token must read.
+fn projections(shape: Shape) -> u64 {
+    let Shape { hidden, intermediate, heads, kv_heads, head_dim, vocab, .. } = shape;
+    let layer =
+        hidden * (heads + 2 * kv_heads) * head_dim + hidden * heads * head_dim + 3 * hidden * intermediate;
+    (2 * (2 * layer + vocab * hidden)) as u64
+}
+
+/// Bytes that the projections read beside their weights, at most: each block stages the rows of x and, once a row,
+/// the weights of the norm.
+fn staged(launch: &Launch, shape: Shape, rows: u64) -> u64 {
+    let cols = if launch.kernel.starts_with("gemv_residual") { shape.intermediate } else { shape.hidden };
+    launch.counters.blocks * rows * (cols * 4 * 2) as u64
+}
+
+fn is_projection(launch: &Launch) -> bool {
+    ["qkv", "gate_up", "gemv_residual", "lm_head"].iter().any(|name| launch.kernel.starts_with(name))
+}
+
+#[test]
+fn weights_are_read_once_a_step_whatever_the_batch() {
+    for sequences in [1, 4, 16] {
+        let launches = step(&[Role::Large], sequences, SMOL);
+        let of_projections = launches.iter().filter(|launch| is_projection(launch));
+        let rows = sequences as u64;
+        let (mut bytes, mut sectors, mut distinct, mut beside) = (0, 0, 0, 0);
+        for launch in of_projections {
+            bytes += launch.counters.global_load_bytes;
+            sectors += launch.counters.global_load_sectors;
+            distinct += launch.counters.distinct_load_sectors;
+            beside += staged(launch, SMOL, rows);
+        }
+        let weights = projections(SMOL);
+        // Each byte of the weights once: twice would be far above, and a row too few below.
+        assert!(bytes >= weights, "{sequences}: {bytes} of {weights}");
+        let over = (bytes - beside.min(bytes)) as f64 / weights as f64;
+        assert!(over <= 1.02, "{sequences}: {over}");
+        // What memory must deliver, were every cache perfect: weights, and little else.
+        let least = (32 * distinct) as f64 / weights as f64;
+        assert!((1.0..=1.02).contains(&least), "{sequences}: {least}");
+        // Whole sectors: nothing is fetched that isn't used. (More rows read more single words, of where they are.)
+        assert!(sequences > 1 || 32 * sectors <= bytes + bytes / 50, "{} for {bytes}", 32 * sectors);
+    }
+}
+
+#[test]
+fn shared_memory_has_no_conflicts_and_nothing_spills_to_local() {
+    for launch in step(&[Role::Large], 4, SMOL).iter().filter(|launch| is_projection(launch)) {
+        let c = &launch.counters;
+        assert_eq!(c.local_requests, 0, "{}", launch.kernel);
+        // The rows that are staged are read by all warps at once: any conflict would show here.
+        assert!(c.shared_waves <= c.shared_ideal_waves + c.shared_ideal_waves / 50, "{}", launch.kernel);
+    }
+}
+
+#[test]
+fn a_group_takes_no_more_launches_than_one_model() {
+    let narrow = Shape { vocab: 512, ..SMOL };
+    let alone = step(&[Role::Small], 1, narrow).len();
+    let experts = [Role::Small, Role::Expert(0), Role::Expert(1), Role::Expert(2)];
+    assert_eq!(step(&experts, 1, narrow).len(), alone);
+    // Two layers of six, the embedding and the output.
+    assert_eq!(alone, 2 * 6 + 2);
+}
+
+/// The fusion launch of `experts` experts over `vocab` ids.
+fn fusion(vocab: usize, experts: usize) -> Launch {
+    let shape = Shape { hidden: 8, intermediate: 8, heads: 1, kv_heads: 1, head_dim: 8, vocab, bias: false };
+    let roles: Vec<Role> =
+        [Role::Large, Role::Small].into_iter().chain((0..experts).map(Role::Expert)).collect();
+    let models = roles.iter().enumerate().map(|(seed, &role)| model(role, shape, Dtype::Bf16, seed as u64));
+    let ensemble = Arc::new(Ensemble::from_models(models.collect()).unwrap());
+    let gpu = Driver::load().unwrap().device("h100").unwrap();
+    let limits = Limits { rows: 1, slots: 1, blocks: 1 };
+    let options = CudaOptions { ordinal: gpu.ordinal(), limits, graphs: false };
+    let mut backend = CudaBackend::new(ensemble, options, &mut |_| {}).unwrap();
+    let rows: Vec<Row> =
+        (0..roles.len()).map(|model| Row { model, table: 0, position: 0, token: 7, slot: Some(0) }).collect();
+    backend.forward(&Batch { rows: &rows, tables: &[BlockTable { blocks: vec![0] }] }).unwrap();
+    gpu.clear();
+    let rule = FusionRule::default();
+    let row = FuseRow { slot: 0, step: 0, rule: &rule, held: None, choice: Choice::Forced(5) };
+    let mut decisions = Vec::new();
+    backend.fuse(&[row], &mut decisions).unwrap();
+    decisions.remove(0).unwrap();
+    assert_eq!(gpu.reports(), []);
+    let mut launches = gpu.launches();
+    assert_eq!(launches.len(), 1);
+    launches.remove(0)
+}
+
+#[test]
+fn fusion_reads_each_logit_once_in_one_launch() {
+    for (vocab, experts, most) in [(32000, 1, 0.3), (32000, 2, 0.3), (128_256, 1, 0.1)] {
+        let c = fusion(vocab, experts).counters;
+        let logits = (vocab * (2 + experts) * 4) as f64;
+        // Partial states, twice; beside them, each block reads what it is to do: the row and its lanes.
+        let lanes = experts * (1 + 20 + 2);
+        let slices = vocab.div_ceil(1024);
+        let states = (2 * slices * lanes * 24) as f64;
+        let tasks = (slices * (280 + 12 * lanes)) as f64;
+        assert!(states <= most * logits, "{vocab} {experts}: {}", states / logits);
+        let bytes = (c.global_load_bytes + c.global_store_bytes) as f64;
+        assert!(bytes >= logits + states, "{vocab} {experts}: {bytes}");
+        assert!(bytes <= logits + states + tasks + 4096.0, "{vocab} {experts}: {bytes}");
+        // A warp's request is 32 consecutive logits: whole sectors. The states are read in three pieces, each of
+        // which touches all their sectors.
+        let sectors = (32 * c.global_load_sectors) as f64;
+        assert!(sectors <= 1.02 * logits + 3.0 * states / 2.0 + 4.0 * tasks, "{vocab} {experts}: {sectors}");
+    }
+}
