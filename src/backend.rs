@@ -119,6 +119,13 @@ pub enum Device {
     Cpu,
     /// The NVIDIA GPU of this number.
     Cuda(usize),
+    /// The large model on one NVIDIA GPU, the small one and its experts on another.
+    Split {
+        /// The GPU of the large model, which also fuses.
+        large: usize,
+        /// The GPU of the small model and its experts.
+        small: usize,
+    },
 }
 
 impl FromStr for Device {
@@ -148,19 +155,40 @@ pub struct BackendOptions {
     pub threads: Option<usize>,
     /// What it must hold.
     pub limits: Limits,
+    /// Whether the CUDA backend launches every kernel by itself, on demand, instead of a graph for each step: slower,
+    /// to the same bits.
+    pub eager: bool,
 }
 
 impl BackendOptions {
+    /// On one thread a core or with graphs, as the device has it.
+    pub fn new(device: Device, limits: Limits) -> Self {
+        Self { device, threads: None, limits, eager: false }
+    }
+
     /// Opens the backend for an ensemble.
     ///
     /// # Errors
     /// [`Error::Device`] where the device can't be used.
     pub fn open(self, ensemble: Arc<Ensemble>) -> Result<Box<dyn Backend>> {
+        self.open_with(ensemble, &mut |_| {})
+    }
+
+    /// Opens the backend for an ensemble; `progress` gets the bytes of weights that went to a GPU, piece by piece.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the device can't be used.
+    pub fn open_with(
+        self,
+        ensemble: Arc<Ensemble>,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Box<dyn Backend>> {
         match self.device {
             Device::Auto if gpus() == 0 => self.open_cpu(ensemble),
             Device::Cpu => self.open_cpu(ensemble),
-            Device::Auto => self.open_cuda(ensemble, 0),
-            Device::Cuda(ordinal) => self.open_cuda(ensemble, ordinal),
+            Device::Auto => self.open_cuda(ensemble, (0, 0), progress),
+            Device::Cuda(ordinal) => self.open_cuda(ensemble, (ordinal, ordinal), progress),
+            Device::Split { large, small } => self.open_cuda(ensemble, (large, small), progress),
         }
     }
 
@@ -170,13 +198,23 @@ impl BackendOptions {
     }
 
     #[cfg(feature = "cuda")]
-    fn open_cuda(self, ensemble: Arc<Ensemble>, ordinal: usize) -> Result<Box<dyn Backend>> {
-        let options = cuda::CudaOptions { ordinal, limits: self.limits, graphs: true };
-        Ok(Box::new(cuda::CudaBackend::new(ensemble, options, &mut |_| {})?))
+    fn open_cuda(
+        self,
+        ensemble: Arc<Ensemble>,
+        (ordinal, small_ordinal): (usize, usize),
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Box<dyn Backend>> {
+        let options = cuda::CudaOptions { ordinal, small_ordinal, limits: self.limits, graphs: !self.eager };
+        Ok(Box::new(cuda::CudaBackend::new(ensemble, options, progress)?))
     }
 
     #[cfg(not(feature = "cuda"))]
-    fn open_cuda(self, _: Arc<Ensemble>, ordinal: usize) -> Result<Box<dyn Backend>> {
+    fn open_cuda(
+        self,
+        _: Arc<Ensemble>,
+        (ordinal, _): (usize, usize),
+        _: &mut dyn FnMut(usize),
+    ) -> Result<Box<dyn Backend>> {
         Err(Error::Device {
             requested: format!("cuda:{ordinal}"),
             reason: "this build has no CUDA backend (feature `cuda`); use --device cpu".to_owned(),

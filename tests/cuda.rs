@@ -28,7 +28,8 @@ const LIMITS: Limits = Limits { rows: 200, slots: 700, blocks: 58 };
 fn cuda(models: Vec<LlamaModel>) -> (Gpu, CudaBackend) {
     let gpu = Driver::load().unwrap().device("a100").unwrap();
     let ensemble = Arc::new(Ensemble::from_models(models).unwrap());
-    let options = CudaOptions { ordinal: gpu.ordinal(), limits: LIMITS, graphs: true };
+    let options =
+        CudaOptions { ordinal: gpu.ordinal(), small_ordinal: gpu.ordinal(), limits: LIMITS, graphs: true };
     let backend = CudaBackend::new(ensemble, options, &mut |_| {}).unwrap();
     (gpu, backend)
 }
@@ -152,7 +153,7 @@ fn the_demo_decodes_as_on_the_cpu() {
     ];
     let limits = Limits { rows: 64, slots: 8, blocks: 16 };
     let gpu = Driver::load().unwrap().device("rtx4090").unwrap();
-    let options = CudaOptions { ordinal: gpu.ordinal(), limits, graphs: true };
+    let options = CudaOptions { ordinal: gpu.ordinal(), small_ordinal: gpu.ordinal(), limits, graphs: true };
     let cuda = CudaBackend::new(Arc::clone(&ensemble), options, &mut |_| {}).unwrap();
     let found = decode(Box::new(cuda), &ensemble, &requests);
     let cpu = CpuBackend::new(Arc::clone(&ensemble), CpuOptions { threads: 2, limits }).unwrap();
@@ -179,7 +180,8 @@ fn a_gpu_that_fails_says_where_and_stays_failed() {
     let limits = Limits { rows: 16, slots: 2, blocks: 4 };
     for call in [Call::Launch, Call::Copy] {
         let gpu = Driver::load().unwrap().device("h100").unwrap();
-        let options = CudaOptions { ordinal: gpu.ordinal(), limits, graphs: true };
+        let options =
+            CudaOptions { ordinal: gpu.ordinal(), small_ordinal: gpu.ordinal(), limits, graphs: true };
         let cuda = CudaBackend::new(Arc::clone(&ensemble), options, &mut |_| {}).unwrap();
         // CUDA_ERROR_LAUNCH_FAILED.
         gpu.inject(call, 2, 719);
@@ -192,4 +194,63 @@ fn a_gpu_that_fails_says_where_and_stays_failed() {
         generator.push(Request::new(vec![5, 6, 7], 2)).unwrap();
         assert_eq!(generator.next().unwrap().unwrap_err().to_string(), message);
     }
+}
+
+#[test]
+fn two_gpus_give_what_one_gives() {
+    let ensemble = Arc::new(Ensemble::demo().unwrap());
+    let limits = Limits { rows: 32, slots: 4, blocks: 8 };
+    let sampled = SamplingParams { temperature: 0.8, seed: 7, ..SamplingParams::default() };
+    let requests = [
+        Request::new(vec![5, 60, 70, 8], 4),
+        Request::new(vec![9, 10], 4).sampling(sampled),
+        Request::score(vec![3, 4, 5]),
+    ];
+    let mut all = Vec::new();
+    for split in [false, true] {
+        let driver = Driver::load().unwrap();
+        let (gpu, other) = (driver.device("h100").unwrap(), driver.device("rtx4090").unwrap());
+        let small_ordinal = if split { other.ordinal() } else { gpu.ordinal() };
+        let options = CudaOptions { ordinal: gpu.ordinal(), small_ordinal, limits, graphs: true };
+        let cuda = CudaBackend::new(Arc::clone(&ensemble), options, &mut |_| {}).unwrap();
+        all.push(decode(Box::new(cuda), &ensemble, &requests));
+        assert_eq!((gpu.reports(), other.reports()), (vec![], vec![]));
+        assert_eq!(other.launches().is_empty(), !split);
+    }
+    assert_eq!(all[0].len(), all[1].len());
+    for (one, two) in all[0].iter().zip(&all[1]) {
+        assert_eq!((one.token, &one.decision), (two.token, &two.decision));
+    }
+}
+
+#[test]
+fn memory_is_planned_before_anything_goes_up() {
+    let driver = Driver::load().unwrap();
+    let gpu = driver.device_with_memory("rtx4090", 16 << 20).unwrap();
+    let ensemble = Arc::new(Ensemble::demo().unwrap());
+    let limits = Limits { rows: 32, slots: 4, blocks: 512 };
+    let options = CudaOptions { ordinal: gpu.ordinal(), small_ordinal: gpu.ordinal(), limits, graphs: true };
+    let mut sent = 0;
+    let error = CudaBackend::new(Arc::clone(&ensemble), options, &mut |bytes| sent += bytes).err().unwrap();
+    let message = error.to_string();
+    assert!(message.contains("is needed (weights ") && message.contains("of 16.0 MiB is free"), "{message}");
+    assert_eq!((sent, gpu.totals().to_device_bytes), (0, 0));
+
+    // The plan is what is then taken, but for a few small things: angles of rotation, parameters of fusion.
+    let gpu = driver.device("rtx4090").unwrap();
+    let options = CudaOptions { ordinal: gpu.ordinal(), small_ordinal: gpu.ordinal(), limits, graphs: true };
+    let planned: f64 = {
+        let small = driver.device_with_memory("rtx4090", 1 << 20).unwrap();
+        let options = CudaOptions { ordinal: small.ordinal(), small_ordinal: small.ordinal(), ..options };
+        let message =
+            CudaBackend::new(Arc::clone(&ensemble), options, &mut |_| {}).err().unwrap().to_string();
+        let start = message.split(": ").nth(1).unwrap();
+        start.split(' ').next().unwrap().parse().unwrap()
+    };
+    let backend = CudaBackend::new(ensemble, options, &mut |bytes| sent += bytes).unwrap();
+    let taken = gpu.totals().live_bytes as f64 / f64::from(1 << 20);
+    assert!((0.97 * taken..=1.01 * taken).contains(&planned), "{planned} planned, {taken} taken");
+    assert!(sent > 1 << 20);
+    drop(backend);
+    assert_eq!(gpu.totals().live_bytes, 0);
 }

@@ -28,7 +28,7 @@ fn step(roles: &[Role], sequences: usize, shape: Shape) -> Vec<Launch> {
     let ensemble = Arc::new(Ensemble::from_models(models.collect()).unwrap());
     let gpu: Gpu = Driver::load().unwrap().device("h100").unwrap();
     let limits = Limits { rows: sequences, slots: sequences, blocks: sequences };
-    let options = CudaOptions { ordinal: gpu.ordinal(), limits, graphs: false };
+    let options = CudaOptions { ordinal: gpu.ordinal(), small_ordinal: gpu.ordinal(), limits, graphs: false };
     let mut backend = CudaBackend::new(ensemble, options, &mut |_| {}).unwrap();
     let tables: Vec<BlockTable> =
         (0..sequences).map(|block| BlockTable { blocks: vec![block as u32] }).collect();
@@ -115,7 +115,7 @@ fn fusion(vocab: usize, experts: usize) -> Launch {
     let ensemble = Arc::new(Ensemble::from_models(models.collect()).unwrap());
     let gpu = Driver::load().unwrap().device("h100").unwrap();
     let limits = Limits { rows: 1, slots: 1, blocks: 1 };
-    let options = CudaOptions { ordinal: gpu.ordinal(), limits, graphs: false };
+    let options = CudaOptions { ordinal: gpu.ordinal(), small_ordinal: gpu.ordinal(), limits, graphs: false };
     let mut backend = CudaBackend::new(ensemble, options, &mut |_| {}).unwrap();
     let rows: Vec<Row> =
         (0..roles.len()).map(|model| Row { model, table: 0, position: 0, token: 7, slot: Some(0) }).collect();

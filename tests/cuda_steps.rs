@@ -37,7 +37,7 @@ fn open(ensemble: &Arc<Ensemble>, graphs: bool) -> (Gpu, Generator) {
 
 fn open_with(ensemble: &Arc<Ensemble>, graphs: bool, limits: Limits) -> (Gpu, Generator) {
     let gpu = Driver::load().unwrap().device("h100").unwrap();
-    let options = CudaOptions { ordinal: gpu.ordinal(), limits, graphs };
+    let options = CudaOptions { ordinal: gpu.ordinal(), small_ordinal: gpu.ordinal(), limits, graphs };
     let cuda = CudaBackend::new(Arc::clone(ensemble), options, &mut |_| {}).unwrap();
     (gpu, Generator::new(Arc::clone(ensemble), Box::new(cuda)))
 }
@@ -204,7 +204,12 @@ fn every_driver_call_may_fail() {
             let used = gpu.totals().live_bytes;
             // CUDA_ERROR_LAUNCH_FAILED, or no memory.
             gpu.inject(call, nth, if call == Call::Allocate { 2 } else { 719 });
-            let options = CudaOptions { ordinal: gpu.ordinal(), limits: LIMITS, graphs: true };
+            let options = CudaOptions {
+                ordinal: gpu.ordinal(),
+                small_ordinal: gpu.ordinal(),
+                limits: LIMITS,
+                graphs: true,
+            };
             let result = CudaBackend::new(Arc::clone(&ensemble), options, &mut |_| {}).and_then(|cuda| {
                 let mut generator = Generator::new(Arc::clone(&ensemble), Box::new(cuda));
                 generator.push(requests()[0].clone())?;

@@ -31,7 +31,7 @@ fn run(ensemble: Arc<Ensemble>, requests: Vec<Request>) -> Vec<Vec<Step>> {
         requests.iter().map(|r| r.prompts[0].len() + r.forced.len() + r.max_new_tokens).max().unwrap();
     let blocks = blocks_needed(requests.len(), longest);
     let limits = Limits::for_vocabulary(ensemble.vocab_size(), requests.len(), blocks);
-    let options = BackendOptions { device: Device::Cpu, threads: Some(2), limits };
+    let options = BackendOptions { threads: Some(2), ..BackendOptions::new(Device::Cpu, limits) };
     let mut generator = Generator::new(Arc::clone(&ensemble), options.open(ensemble).unwrap());
     let mut steps: Vec<Vec<Step>> = requests.iter().map(|_| Vec::new()).collect();
     for request in requests {

@@ -7,14 +7,18 @@
 //! images    the kernels, embedded
 //! kernels   what each kernel takes
 //! weights   the weights of a group in one arena; upload, lora
+//! buffers   the cache and the activations of a group
 //! plan      the rows of a turn, as the kernels read them
 //! forward   the layers, in the order of the paper
 //! fusion    the search for α and the choice of the token, in one launch
+//! needs     what memory a GPU must have
+//! relay     logits from one GPU to another
 //! graph     launches that go to the GPU as one
 //! ahead     the next step, computed before it is asked for
 //! ```
 
 mod ahead;
+mod buffers;
 mod device;
 mod forward;
 mod fusion;
@@ -23,7 +27,9 @@ mod images;
 mod kernels;
 mod lora;
 mod memory;
+mod needs;
 mod plan;
+mod relay;
 mod upload;
 mod weights;
 
@@ -36,6 +42,8 @@ use ahead::{Ahead, Machine, fusion_time};
 use forward::{Group, LogitsPlace};
 use fusion::{DeviceFuser, Encoded, is_on_device};
 use memory::Buffer;
+use needs::Needs;
+use relay::Relay;
 use weights::stride;
 
 use super::check::Checker;
@@ -49,8 +57,11 @@ use crate::model::Role;
 /// How a [`CudaBackend`] is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CudaOptions {
-    /// The GPU's number.
+    /// The GPU of the large model, which also fuses.
     pub ordinal: usize,
+    /// The GPU of the small model and its experts. Where it is another, their logits come over by way of the host,
+    /// and no step runs ahead.
+    pub small_ordinal: usize,
     /// What it can hold.
     pub limits: Limits,
     /// Whether steps of decoding go to the GPU as one graph, before they are asked for. Without it every kernel is
@@ -58,7 +69,7 @@ pub struct CudaOptions {
     pub graphs: bool,
 }
 
-/// Runs an ensemble on one NVIDIA GPU.
+/// Runs an ensemble on one NVIDIA GPU, or on two.
 ///
 /// Weights lie on the GPU as stored; activations, cache, logits and sums are f32, as on the CPU. Memory besides the
 /// weights is the cache, the logits, and activations of at most 512 rows.
@@ -81,6 +92,8 @@ pub struct CudaBackend {
     reader: Arc<cudarc::driver::CudaStream>,
     large: Option<Group>,
     small: Option<Group>,
+    /// Where the small model and its experts are on another GPU.
+    relay: Option<Relay>,
     device_fuser: DeviceFuser,
     /// For the rows that the kernel doesn't decide by itself.
     fuser: Fuser,
@@ -96,22 +109,31 @@ impl CudaBackend {
         options: CudaOptions,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Self> {
-        let CudaOptions { ordinal, limits, graphs } = options;
+        let CudaOptions { ordinal, small_ordinal, limits, graphs } = options;
         let gpu = Gpu::open(ordinal)?;
+        let small_gpu = if small_ordinal == ordinal { Arc::clone(&gpu) } else { Gpu::open(small_ordinal)? };
         let models = ensemble.models();
         let of_role = |large: bool| {
             let roles = models.iter().enumerate();
             roles.filter(move |(_, model)| (model.role == Role::Large) == large).map(|(index, _)| index)
         };
-        let stream = gpu.stream()?;
         let vocab_size = ensemble.vocab_size();
         let half = models.len() * limits.slots * stride(vocab_size);
+        let [on_large, on_small] = [true, false].map(|large| Needs::of(&ensemble, of_role(large), limits));
+        let logits_bytes = half * size_of::<f32>();
+        if small_ordinal == ordinal {
+            (on_large + on_small).with_logits(2 * logits_bytes).check(&gpu)?;
+        } else {
+            on_large.with_logits(2 * logits_bytes).check(&gpu)?;
+            on_small.with_logits(logits_bytes).check(&small_gpu)?;
+        }
+        let stream = gpu.stream()?;
         let logits = gpu.zeros(&stream, 2 * half, "logits")?;
         gpu.synchronize(&stream)?;
         let large = Group::new(&gpu, &ensemble, of_role(true), limits, progress)?;
-        let small = Group::new(&gpu, &ensemble, of_role(false), limits, progress)?;
+        let small = Group::new(&small_gpu, &ensemble, of_role(false), limits, progress)?;
         for group in [&large, &small].into_iter().flatten() {
-            gpu.synchronize(group.stream())?;
+            group.synchronize()?;
         }
         let places = [0, half].map(|first| LogitsPlace {
             address: logits.address() + (first * size_of::<f32>()) as u64,
@@ -120,7 +142,11 @@ impl CudaBackend {
             slots: limits.slots,
         });
         let device_fuser = DeviceFuser::new(&gpu, &stream, &ensemble, places[0])?;
-        let ahead = Ahead::new(&gpu, &stream, graphs)?;
+        let relay = match &small {
+            Some(_) if small_ordinal != ordinal => Some(Relay::new(&small_gpu, places[0], half)?),
+            _ => None,
+        };
+        let ahead = Ahead::new(&gpu, &stream, graphs && relay.is_none())?;
         gpu.synchronize(&stream)?;
         Ok(Self {
             ahead,
@@ -134,6 +160,7 @@ impl CudaBackend {
             reader: gpu.stream()?,
             large,
             small,
+            relay,
             device_fuser,
             fuser: Fuser::new(),
             ensemble,
@@ -179,17 +206,25 @@ impl CudaBackend {
     /// Runs both groups side by side, each in its stream, and waits for them.
     fn forward_now(&mut self, batch: &Batch<'_>) -> Result<ForwardTime> {
         let started = Instant::now();
-        for group in [&mut self.large, &mut self.small].into_iter().flatten() {
-            group.forward(batch, self.places[0])?;
+        let place = self.places[0];
+        let small_place = self.relay.as_ref().map_or(place, |relay| relay.place);
+        for (group, place) in [(&mut self.large, place), (&mut self.small, small_place)] {
+            if let Some(group) = group {
+                group.forward(batch, place)?;
+            }
         }
         let wait = |group: &Option<Group>| match group {
-            Some(group) => self.gpu.synchronize(group.stream()).map(|()| started.elapsed()),
+            Some(group) => group.synchronize().map(|()| started.elapsed()),
             None => Ok(Duration::ZERO),
         };
         let large = wait(&self.large)?;
-        let small = wait(&self.small)?;
+        wait(&self.small)?;
+        if let (Some(relay), Some(small)) = (&mut self.relay, &self.small) {
+            relay.bring(batch, small, (&self.gpu, &self.stream, &mut self.logits))?;
+        }
+        let both = if self.small.is_some() { started.elapsed() } else { large };
         self.ahead.observe(batch);
-        Ok(ForwardTime { large, small: small.saturating_sub(large) })
+        Ok(ForwardTime { large, small: both.saturating_sub(large) })
     }
 
     /// The rows as the kernel reads them, where it can decide them all.

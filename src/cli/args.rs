@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
-use crate::backend::Device;
+use crate::backend::{BackendOptions, Device, Limits};
 use crate::fusion::{AlphaGrid, Objective, SearchMode};
 
 /// Llama inference for ensembles: a large model steered by small experts, token by token.
@@ -186,15 +186,46 @@ pub(crate) struct SamplingArgs {
     pub(crate) ignore_eos: bool,
 }
 
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Device")]
+pub(crate) struct DeviceArgs {
+    /// Where to compute: auto (a GPU where there is one), cpu, cuda or cuda:N.
+    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
+    device: Device,
+    /// The GPU of the large model, which also fuses.
+    #[arg(long, value_name = "N", conflicts_with = "device")]
+    large_device: Option<usize>,
+    /// The GPU of the small model and its experts.
+    #[arg(long, value_name = "N", conflicts_with = "device")]
+    small_device: Option<usize>,
+    /// Launch every CUDA kernel by itself instead of one graph a token: slower, to the same bits.
+    #[arg(long)]
+    eager: bool,
+    /// Threads of the CPU backend [default: one a core].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+}
+
+impl DeviceArgs {
+    /// A backend of these limits.
+    pub(crate) fn backend(&self, limits: Limits) -> BackendOptions {
+        let device = match (self.large_device, self.small_device) {
+            (None, None) => self.device,
+            (large, small) => Device::Split { large: large.unwrap_or(0), small: small.unwrap_or(0) },
+        };
+        BackendOptions { device, threads: self.threads.map(usize::from), limits, eager: self.eager }
+    }
+}
+
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Running")]
 pub(crate) struct RunArgs {
-    /// Where to compute: auto, cpu, cuda or cuda:N.
-    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
-    pub(crate) device: Device,
-    /// Threads of the CPU backend [default: one a core].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    pub(crate) threads: Option<u16>,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
+    /// The most memory of the key-value caches, of all models together: fewer sequences run at once where it is
+    /// short [default: what --batch-size sequences take].
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) kv_memory: Option<u32>,
     /// Sequences decoded together.
     #[arg(long, value_name = "N", default_value = "8", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub(crate) batch_size: u16,
@@ -306,20 +337,16 @@ pub(crate) struct ServeArgs {
     /// Seconds that requests in flight get to end after Ctrl-C or SIGTERM; a second one ends them at once.
     #[arg(long, value_name = "S", default_value = "30", help_heading = "Server")]
     pub(crate) grace: u64,
-    /// Where to compute: auto, cpu, cuda or cuda:N.
-    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto", help_heading = "Running")]
-    pub(crate) device: Device,
-    /// Threads of the CPU backend [default: one a core].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..), help_heading = "Running")]
-    pub(crate) threads: Option<u16>,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// Sequences decoded together.
     #[arg(long, value_name = "N", default_value = "32", value_parser = clap::value_parser!(u16).range(1..=256),
           help_heading = "Running")]
     pub(crate) batch_size: u16,
     /// The most memory of the key-value caches, of all models together.
-    #[arg(long, value_name = "MIB", default_value = "1024", value_parser = clap::value_parser!(u32).range(1..),
-          help_heading = "Running")]
-    pub(crate) cache_mib: u32,
+    #[arg(long, alias = "cache-mib", value_name = "MIB", default_value = "1024",
+          value_parser = clap::value_parser!(u32).range(1..), help_heading = "Running")]
+    pub(crate) kv_memory: u32,
     /// Print nothing but errors.
     #[arg(long, short)]
     pub(crate) quiet: bool,

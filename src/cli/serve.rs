@@ -10,7 +10,8 @@ use anyhow::{Context, Result, bail};
 use tokio::sync::mpsc;
 
 use super::args::{Method, ServeArgs};
-use crate::backend::{BackendOptions, Limits};
+use crate::backend::Limits;
+use crate::cli::setup::affordable_blocks;
 use crate::ensemble::Ensemble;
 use crate::generate::blocks_needed;
 use crate::kv_cache::BLOCK_SIZE;
@@ -29,11 +30,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<ExitCode> {
     let ensemble = Arc::new(args.models.load(&Method::Dynamic)?);
     let options = options(args, &ensemble)?;
     let model = options.model.clone();
-    let backend = BackendOptions {
-        device: args.device,
-        threads: args.threads.map(usize::from),
-        limits: limits(args, &ensemble)?,
-    };
+    let backend = args.device.backend(limits(args, &ensemble)?);
     let cached = backend.limits.blocks * BLOCK_SIZE;
     let server = Server::new(ensemble, backend, options)?;
     let stop = stop_signals()?;
@@ -80,16 +77,11 @@ fn options(args: &ServeArgs, ensemble: &Ensemble) -> Result<Options> {
     })
 }
 
-/// A cache of `--cache-mib`, but no more than all sequences at their longest take.
+/// A cache of `--kv-memory`, but no more than all sequences at their longest take.
 fn limits(args: &ServeArgs, ensemble: &Ensemble) -> Result<Limits> {
     let sequences = usize::from(args.batch_size);
-    let block_bytes = (ensemble.memory().kv_bytes_per_token * BLOCK_SIZE).max(1);
-    let affordable = ((args.cache_mib as usize) << 20) / block_bytes;
-    if affordable == 0 {
-        bail!("--cache-mib {}: {BLOCK_SIZE} tokens of these models take {block_bytes} bytes", args.cache_mib);
-    }
     let context = (0..ensemble.models().len()).map(|model| ensemble.context(model)).max().unwrap_or(1);
-    let blocks = affordable.min(blocks_needed(sequences, context + 1));
+    let blocks = affordable_blocks(ensemble, args.kv_memory)?.min(blocks_needed(sequences, context + 1));
     Ok(Limits::for_vocabulary(ensemble.vocab_size(), sequences, blocks))
 }
 

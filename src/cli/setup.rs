@@ -4,12 +4,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
 
 use super::args::{DynamicArgs, FusionArgs, Method, ModelArgs, RunArgs, SamplingArgs};
 use crate::backend::BackendOptions;
 use crate::ensemble::{Ensemble, EnsembleSpec, ExpertSpec};
 use crate::fusion::{DynamicRule, FusionRule, PerExpert};
 use crate::generate::{Generator, Request, limits_for};
+use crate::kv_cache::BLOCK_SIZE;
 use crate::model::MAX_EXPERTS;
 use crate::sampling::SamplingParams;
 
@@ -142,12 +144,54 @@ impl SamplingArgs {
 }
 
 impl RunArgs {
-    /// A generator whose cache holds the longest of `requests` at least `batch_size` times.
+    /// A generator whose cache holds the longest of `requests` at least `batch_size` times, unless `--kv-memory` is
+    /// less than that.
     pub(crate) fn generator(&self, ensemble: Arc<Ensemble>, requests: &[Request]) -> Result<Generator> {
-        let limits = limits_for(&ensemble, requests, self.batch_size.into());
-        let options = BackendOptions { device: self.device, threads: self.threads.map(usize::from), limits };
-        Ok(Generator::new(Arc::clone(&ensemble), options.open(ensemble)?))
+        let mut limits = limits_for(&ensemble, requests, self.batch_size.into());
+        if let Some(mib) = self.kv_memory {
+            let longest = limits_for(&ensemble, requests, 1).blocks;
+            let affordable = affordable_blocks(&ensemble, mib)?;
+            if affordable < longest {
+                let needed = (longest * block_bytes(&ensemble)).div_ceil(1 << 20);
+                bail!("--kv-memory {mib}: the longest sequence takes {needed} MiB in all models");
+            }
+            limits.blocks = limits.blocks.min(affordable);
+        }
+        open(self.device.backend(limits), ensemble, self.quiet)
     }
+}
+
+/// A generator on a backend; while weights go to a GPU, a terminal shows how far.
+pub(crate) fn open(options: BackendOptions, ensemble: Arc<Ensemble>, quiet: bool) -> Result<Generator> {
+    let bytes = ensemble.memory().weight_bytes as u64;
+    let style = ProgressStyle::with_template("weights {bar:30} {bytes}/{total_bytes} · {bytes_per_sec}")?;
+    let mut bar: Option<ProgressBar> = None;
+    let backend = options.open_with(Arc::clone(&ensemble), &mut |sent| {
+        // Only a GPU sends anything.
+        let bar = bar.get_or_insert_with(|| {
+            if quiet { ProgressBar::hidden() } else { ProgressBar::new(bytes).with_style(style.clone()) }
+        });
+        bar.inc(sent as u64);
+    })?;
+    if let Some(bar) = bar {
+        bar.finish_and_clear();
+    }
+    Ok(Generator::new(ensemble, backend))
+}
+
+/// Blocks of the caches of all models that `mib` MiB hold.
+pub(crate) fn affordable_blocks(ensemble: &Ensemble, mib: u32) -> Result<usize> {
+    let bytes = block_bytes(ensemble);
+    let affordable = ((mib as usize) << 20) / bytes;
+    if affordable == 0 {
+        bail!("--kv-memory {mib}: {BLOCK_SIZE} tokens of these models take {bytes} bytes");
+    }
+    Ok(affordable)
+}
+
+/// One block in the cache of every model.
+fn block_bytes(ensemble: &Ensemble) -> usize {
+    (ensemble.memory().kv_bytes_per_token * BLOCK_SIZE).max(1)
 }
 
 #[cfg(test)]

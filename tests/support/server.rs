@@ -21,7 +21,7 @@ pub(crate) fn ensemble() -> Arc<Ensemble> {
 
 fn backend(sequences: usize, blocks: usize) -> BackendOptions {
     let limits = Limits::for_vocabulary(ensemble().vocab_size(), sequences, blocks);
-    BackendOptions { device: Device::Cpu, threads: Some(2), limits }
+    BackendOptions { threads: Some(2), ..BackendOptions::new(Device::Cpu, limits) }
 }
 
 /// A generator of its own, for what a request gives alone.

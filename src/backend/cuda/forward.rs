@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
+use super::buffers::{Buffers, Extent, Sizes, rows_of_a_part};
 use super::device::{Gpu, Grid};
 use super::kernels::{
     AttentionArgs, EmbedArgs, IntoArgs, Kernels, LmHeadArgs, LoraArgs, MOST_ROWS, Product, Projections,
@@ -16,22 +17,15 @@ use super::kernels::{
 };
 use super::lora::{DeviceAdapters, Stage};
 use super::memory::Buffer;
-use super::plan::{LISTS, Members, Plan};
+use super::plan::{Members, Plan};
 use super::weights::{DeviceWeights, LayerLayout, stride};
 use crate::adapter::LoraAdapter;
 use crate::backend::{Batch, Limits, Row};
 use crate::config::LlamaConfig;
 use crate::ensemble::Ensemble;
 use crate::error::{Error, Result};
-use crate::kv_cache::BLOCK_SIZE;
 use crate::rope::Rope;
 use crate::weights::LlamaWeights;
-
-/// The most rows that run together: longer batches run in turns, so that activations need little memory.
-const MOST_ROWS_OF_A_TURN: usize = 512;
-
-/// Partial results of attention, in bytes: rows take turns where they would need more.
-const PARTIAL_BYTES: usize = 64 << 20;
 
 /// Where the logits of all models go.
 #[derive(Clone, Copy, Debug)]
@@ -80,28 +74,6 @@ pub(crate) struct Group {
     table_stride: usize,
 }
 
-/// `(rows, …)` each.
-struct Buffers {
-    /// The residual stream: hidden_size.
-    hidden: Buffer<f32>,
-    /// Rotated queries: heads · head_dim.
-    queries: Buffer<f32>,
-    /// What attention computed: heads · head_dim.
-    attended: Buffer<f32>,
-    /// silu(gate) · up: intermediate_size.
-    activated: Buffer<f32>,
-    /// A x of up to three projections.
-    low_rank: Buffer<f32>,
-    /// `(rows of a part, heads, splits, head_dim)`
-    partial: Buffer<f32>,
-    /// `(rows of a part, heads, splits, 2)`
-    state: Buffer<f32>,
-    /// Nine lists of [`Group::room`] numbers: see [`Lists`].
-    lists: Buffer<u32>,
-    /// `(tables, table_stride)`
-    tables: Buffer<u32>,
-}
-
 /// The addresses of what a turn's rows are.
 #[derive(Clone, Copy, Debug)]
 struct Lists {
@@ -144,18 +116,14 @@ impl Group {
         let adapters = DeviceAdapters::upload(gpu, &stream, &config, &lora)?;
 
         let dtype = weights.layout.dtype;
-        let block = 2 * config.num_key_value_heads * BLOCK_SIZE * config.head_dim * size_of::<f32>();
-        let layer_bytes = (limits.blocks * block).next_multiple_of(256);
+        let Extent { positions, capacity, table_stride, layer_bytes } =
+            Extent::of(ensemble, &members, limits);
         let model_bytes = layer_bytes * config.num_hidden_layers;
         let cache = gpu.zeros(&stream, model_bytes * members.models.len(), "the key-value cache")?;
-
-        let context = members.models.iter().map(|&model| ensemble.context(model)).max().unwrap_or(1);
-        let positions = (limits.blocks * BLOCK_SIZE).min(context.next_multiple_of(BLOCK_SIZE)).max(1);
         let (cos, sin) = angles(gpu, &stream, &config, positions)?;
-        let capacity = MOST_ROWS_OF_A_TURN.min(limits.rows.saturating_mul(members.models.len())).max(1);
-        let table_stride = positions / BLOCK_SIZE + 1;
         let rank = adapters.as_ref().map_or(0, |adapters| adapters.rank);
-        let buffers = Buffers::new(gpu, &stream, &config, (capacity, positions, table_stride, rank))?;
+        let sizes = Sizes::new(&config, (capacity, positions, table_stride, rank));
+        let buffers = Buffers::new(gpu, &stream, sizes)?;
         let group = config.num_attention_heads / config.num_key_value_heads.max(1);
         Ok(Some(Self {
             kernels: Kernels::load(gpu, dtype, group)?,
@@ -182,6 +150,16 @@ impl Group {
     /// The stream that this group runs in.
     pub(crate) fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    /// Waits for what is in it.
+    pub(crate) fn synchronize(&self) -> Result<()> {
+        self.gpu.synchronize(&self.stream)
+    }
+
+    /// Whether this group runs a model of the ensemble.
+    pub(crate) fn has(&self, model: usize) -> bool {
+        self.members.place(model).is_some()
     }
 
     /// Positions of a sequence at most.
@@ -540,39 +518,6 @@ struct Input {
     x: u64,
     cols: usize,
     norm: Option<usize>,
-}
-
-impl Buffers {
-    fn new(
-        gpu: &Gpu,
-        stream: &Arc<CudaStream>,
-        config: &LlamaConfig,
-        (rows, positions, table_stride, rank): (usize, usize, usize, usize),
-    ) -> Result<Self> {
-        let (heads, head_dim) = (config.num_attention_heads, config.head_dim);
-        let splits = positions.div_ceil(SPLIT);
-        // Fewer splits in a launch leave room for more rows, but never for more numbers than this.
-        let parts = rows.min(rows_of_a_part(heads, splits, head_dim)) * heads * splits;
-        let parts = parts.max(rows.min(rows_of_a_part(heads, 1, head_dim)) * heads);
-        let most = (PARTIAL_BYTES / (head_dim * size_of::<f32>())).max(parts).min(rows * heads * splits);
-        let f32s = |numbers: usize| gpu.zeros::<f32>(stream, numbers, "activations");
-        Ok(Self {
-            hidden: f32s(rows * stride(config.hidden_size))?,
-            queries: f32s(rows * stride(heads * head_dim))?,
-            attended: f32s(rows * stride(heads * head_dim))?,
-            activated: f32s(rows * stride(config.intermediate_size))?,
-            low_rank: f32s(rows * 3 * rank)?,
-            partial: f32s(most * head_dim)?,
-            state: f32s(most * 2)?,
-            lists: gpu.zeros(stream, LISTS * rows.max(super::plan::MAX_GROUP + 1), "activations")?,
-            tables: gpu.zeros(stream, rows * table_stride, "block tables")?,
-        })
-    }
-}
-
-/// Rows whose partial results of `splits` splits fit [`PARTIAL_BYTES`]; at least one.
-fn rows_of_a_part(heads: usize, splits: usize, head_dim: usize) -> usize {
-    (PARTIAL_BYTES / (heads * splits * head_dim * size_of::<f32>()).max(1)).max(1)
 }
 
 /// Shared memory of a block of attention, in bytes: four warps' states of `group` heads.

@@ -58,6 +58,14 @@ pub(crate) struct DeviceAdapters {
     arena: Buffer<f32>,
 }
 
+/// The largest rank of any update, with its padding; 0 where there is none.
+pub(crate) fn rank_of<'a>(adapters: impl Iterator<Item = &'a LoraAdapter>) -> usize {
+    let layers = adapters.flat_map(|adapter| &adapter.layers);
+    let deltas = layers.flat_map(|layer| layer.deltas.iter().flatten());
+    let rank = deltas.filter_map(|delta| delta.a.shape().first().copied()).max();
+    rank.unwrap_or(0).next_multiple_of(ROW_ALIGNMENT)
+}
+
 impl DeviceAdapters {
     /// Copies `adapters` to the GPU; `None` where there are none.
     ///
@@ -69,14 +77,10 @@ impl DeviceAdapters {
         config: &LlamaConfig,
         adapters: &[&LoraAdapter],
     ) -> Result<Option<Self>> {
-        let deltas = adapters
-            .iter()
-            .flat_map(|adapter| &adapter.layers)
-            .flat_map(|layer| layer.deltas.iter().flatten());
-        let Some(rank) = deltas.filter_map(|delta| delta.a.shape().first().copied()).max() else {
+        let rank = rank_of(adapters.iter().copied());
+        if rank == 0 {
             return Ok(None);
-        };
-        let rank = rank.next_multiple_of(ROW_ALIGNMENT);
+        }
         let mut len = 0;
         let mut take = |numbers: usize| {
             len += numbers;

@@ -172,6 +172,7 @@ impl Gpu {
             return Err(self.misfit(operation(), 0, len, buffer.len().min(into.pinned.len())));
         }
         self.call(operation, || {
+            self.context().bind_to_thread()?;
             // SAFETY: `len` numbers were allocated at `at`, and nobody reads them while the copy runs: see
             // `Landing::numbers`.
             unsafe {
@@ -190,6 +191,6 @@ impl Gpu {
     }
 }
 
-fn mib(bytes: usize) -> String {
+pub(crate) fn mib(bytes: usize) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }

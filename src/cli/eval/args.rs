@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 
-use crate::backend::Device;
-use crate::cli::args::{DynamicArgs, Method, ModelArgs, Search, method};
+use crate::cli::args::{DeviceArgs, DynamicArgs, Method, ModelArgs, Search, method};
 use crate::ensemble::Ensemble;
 use crate::fusion::FusionRule;
 
@@ -87,12 +86,8 @@ pub(crate) struct TaskArgs {
     /// The same seed gives the same texts.
     #[arg(long, value_name = "N", default_value = "0", help_heading = "Task")]
     pub(crate) seed: u64,
-    /// Where to compute: auto, cpu, cuda or cuda:N.
-    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto", help_heading = "Running")]
-    pub(crate) device: Device,
-    /// Threads of the CPU backend [default: one a core].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..), help_heading = "Running")]
-    pub(crate) threads: Option<u16>,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// Sequences decoded together.
     #[arg(long, value_name = "N", default_value = "8", value_parser = clap::value_parser!(u16).range(1..=256),
           help_heading = "Running")]

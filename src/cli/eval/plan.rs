@@ -7,9 +7,10 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::args::{EvalMethod, TaskArgs};
-use crate::backend::{BackendOptions, Limits};
+use crate::backend::Limits;
 use crate::cli::args::{Method, ModelArgs};
 use crate::cli::output::check_distinct;
+use crate::cli::setup::open;
 use crate::ensemble::Ensemble;
 use crate::eval::{Decoding, Encoder, Plan, Sample, Task, fingerprint, parse_samples};
 use crate::fusion::FusionRule;
@@ -128,9 +129,7 @@ impl Prepared {
         let sequences = (self.indices.len() * choices).clamp(1, args.batch_size.into());
         let blocks = blocks_needed(sequences, longest.min(context + 1));
         let limits = Limits::for_vocabulary(self.ensemble.vocab_size(), sequences, blocks);
-        let options = BackendOptions { device: args.device, threads: args.threads.map(usize::from), limits };
-        let backend = options.open(Arc::clone(&self.ensemble))?;
-        Ok(Generator::new(Arc::clone(&self.ensemble), backend))
+        open(args.device.backend(limits), Arc::clone(&self.ensemble), args.quiet)
     }
 
     /// All that the results depend on: a run is resumed, and shards are merged, only where it is the same.

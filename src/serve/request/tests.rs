@@ -21,7 +21,7 @@ fn shared() -> &'static Shared {
     let server = SERVER.get_or_init(|| {
         let ensemble = Arc::new(Ensemble::demo().unwrap());
         let limits = Limits::for_vocabulary(ensemble.vocab_size(), 2, 40);
-        let backend = BackendOptions { device: Device::Cpu, threads: Some(1), limits };
+        let backend = BackendOptions { threads: Some(1), ..BackendOptions::new(Device::Cpu, limits) };
         let options = Options {
             model: "demo".to_owned(),
             rule: FusionRule::default(),

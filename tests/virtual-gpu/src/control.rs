@@ -5,7 +5,7 @@
 #![allow(clippy::missing_safety_doc, missing_docs)]
 
 use crate::counters::Counters;
-use crate::device::{Device, Injection, Totals};
+use crate::device::{Device, Injection, Mutation, Totals};
 use crate::driver::{add_device, on_device};
 use crate::exec::Accumulate;
 use crate::profile::Profile;
@@ -90,6 +90,31 @@ pub extern "C" fn vcuda_configure(ordinal: u64, setting: u32, value: u64) -> i64
 pub extern "C" fn vcuda_inject(ordinal: u64, call: u32, nth: u64, code: i32) -> i64 {
     look(ordinal, |d| {
         d.injections.push(Injection { call, left: nth.max(1), code });
+        Some(0)
+    })
+}
+
+/// `change` holds kernel, line and replacement, separated by the unit separator.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vcuda_mutate(ordinal: u64, change: *const c_char, nth: u64) -> i64 {
+    // SAFETY: the caller passes a C string.
+    let change = unsafe { CStr::from_ptr(change) }.to_string_lossy();
+    let mut parts = change.splitn(3, '\x1f').map(str::to_owned);
+    let (Some(kernel), Some(find), Some(replacement)) = (parts.next(), parts.next(), parts.next()) else {
+        return -1;
+    };
+    look(ordinal, |d| {
+        d.mutations.push(Mutation { kernel, find, nth, replacement });
+        Some(0)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vcuda_nudge(ordinal: u64, kernel: *const c_char, at: u64) -> i64 {
+    // SAFETY: the caller passes a C string.
+    let kernel = unsafe { CStr::from_ptr(kernel) }.to_string_lossy().into_owned();
+    look(ordinal, |d| {
+        d.nudges.push((kernel, at as usize));
         Some(0)
     })
 }

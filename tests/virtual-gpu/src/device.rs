@@ -167,6 +167,55 @@ pub struct Totals {
     pub peak_bytes: u64,
 }
 
+/// A change of one line of a kernel, made when its image is loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mutation {
+    /// The kernel.
+    pub kernel: String,
+    /// What the line holds: parts in this order, with `*` between them.
+    pub find: String,
+    /// Which of those lines, from 0.
+    pub nth: u64,
+    /// What stands there instead of the last part; nothing: the line goes.
+    pub replacement: String,
+}
+
+impl Mutation {
+    fn is_in(&self, line: &str) -> bool {
+        let mut rest = Some(line);
+        for part in self.find.split('*') {
+            rest = rest.and_then(|rest| Some(rest.split_once(part)?.1));
+        }
+        rest.is_some()
+    }
+
+    /// The changed image; `None` where there is no such line.
+    pub fn apply(&self, text: &str) -> Option<String> {
+        let mut here = false;
+        let mut left = self.nth;
+        let mut done = false;
+        let mut out = String::with_capacity(text.len());
+        for line in text.lines() {
+            if let Some((_, after)) = line.split_once(".entry ") {
+                here = after.trim_end_matches('(').trim() == self.kernel;
+            }
+            let found = here && !done && self.is_in(line);
+            if found && left == 0 {
+                done = true;
+                if !self.replacement.is_empty() {
+                    let last = self.find.rsplit('*').next().unwrap_or_default();
+                    out.push_str(&line.replacen(last, &self.replacement, 1));
+                }
+            } else {
+                out.push_str(line);
+            }
+            left -= u64::from(found && left > 0);
+            out.push('\n');
+        }
+        done.then_some(out)
+    }
+}
+
 /// An error to be returned in place of a call's work.
 #[derive(Debug, Clone, Copy)]
 pub struct Injection {
@@ -216,6 +265,10 @@ pub struct Device {
     pub calls: HashMap<&'static str, u64>,
     /// Errors to inject.
     pub injections: Vec<Injection>,
+    /// Changes to images as they are loaded.
+    pub mutations: Vec<Mutation>,
+    /// Kernels of which a 32-bit number among the parameters, at this byte, is one more than it was told.
+    pub nudges: Vec<(String, usize)>,
     /// Totals.
     pub totals: Totals,
     /// Users of the primary context.
@@ -254,6 +307,8 @@ impl Device {
             sticky: None,
             calls: HashMap::new(),
             injections: Vec::new(),
+            mutations: Vec::new(),
+            nudges: Vec::new(),
             totals: Totals::default(),
             users: 0,
             random: 0,
@@ -276,6 +331,8 @@ impl Device {
         self.reports = old.reports;
         self.calls = old.calls;
         self.injections = old.injections;
+        self.mutations = old.mutations;
+        self.nudges = old.nudges;
         self.totals = old.totals;
         self.random = old.random;
         self.next_id = old.next_id;

@@ -47,6 +47,8 @@ struct Functions {
     add_device: unsafe extern "C" fn(*const c_char, u64) -> i64,
     configure: unsafe extern "C" fn(u64, u32, u64) -> i64,
     inject: unsafe extern "C" fn(u64, u32, u64, i32) -> i64,
+    mutate: unsafe extern "C" fn(u64, *const c_char, u64) -> i64,
+    nudge: unsafe extern "C" fn(u64, *const c_char, u64) -> i64,
     launch_count: unsafe extern "C" fn(u64) -> i64,
     launch: unsafe extern "C" fn(u64, u64, *mut u8, usize, *mut [u32; 8], *mut Counters) -> i64,
     report_count: unsafe extern "C" fn(u64) -> i64,
@@ -130,6 +132,8 @@ impl Functions {
                 add_device: *library.get(b"vcuda_add_device\0").map_err(failed)?,
                 configure: *library.get(b"vcuda_configure\0").map_err(failed)?,
                 inject: *library.get(b"vcuda_inject\0").map_err(failed)?,
+                mutate: *library.get(b"vcuda_mutate\0").map_err(failed)?,
+                nudge: *library.get(b"vcuda_nudge\0").map_err(failed)?,
                 launch_count: *library.get(b"vcuda_launch_count\0").map_err(failed)?,
                 launch: *library.get(b"vcuda_launch\0").map_err(failed)?,
                 report_count: *library.get(b"vcuda_report_count\0").map_err(failed)?,
@@ -202,6 +206,27 @@ impl Gpu {
     pub fn inject(&self, call: Call, nth: u64, code: i32) {
         // SAFETY: plain numbers.
         unsafe { (self.driver.0.inject)(self.ordinal, call as u32, nth, code) };
+    }
+
+    /// Changes images that are loaded from now on: in `kernel`, the `nth` line (from 0) that holds `find` (parts in
+    /// this order, with `*` between them) gets `replacement` in place of the last part, or goes where that is empty. For tests that a test would notice.
+    pub fn mutate(&self, kernel: &str, find: &str, nth: u64, replacement: &str) {
+        let Ok(change) = CString::new(format!("{kernel}\x1f{find}\x1f{replacement}")) else { return };
+        // SAFETY: the string ends in a zero.
+        unsafe { (self.driver.0.mutate)(self.ordinal, change.as_ptr(), nth) };
+    }
+
+    /// Adds one to the 32-bit number at byte `at` of the parameters of every launch of `kernel`: a bound that is off
+    /// by one, where the number is one.
+    pub fn nudge(&self, kernel: &str, at: usize) {
+        let Ok(kernel) = CString::new(kernel) else { return };
+        // SAFETY: the string ends in a zero.
+        unsafe { (self.driver.0.nudge)(self.ordinal, kernel.as_ptr(), at as u64) };
+    }
+
+    /// How many changes of [`mutate`](Self::mutate) and [`nudge`](Self::nudge) found their place.
+    pub fn mutations(&self) -> u64 {
+        self.calls("mutation")
     }
 
     /// The launches run so far, in order.

@@ -7,11 +7,14 @@ use crate::profile::{Profile, SHARED_DEFAULT};
 use crate::program::{GlobalVariable, Module};
 use crate::ptx::ast::{self, Space};
 use crate::ptx::parser::parse;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int, c_uint};
 
 /// The driver that is imitated: CUDA 12.8, PTX 8.7.
 pub const DRIVER_VERSION: c_int = 12_080;
+/// Under this name a device counts the mutations that found their place.
+pub(super) const MUTATION: &str = "mutation";
 const PTX_VERSION: (u32, u32) = (8, 7);
 
 fn parse_for(profile: Profile, text: &str) -> Result<ast::Module, (Code, String)> {
@@ -54,6 +57,14 @@ fn release(d: &mut Device, globals: &[GlobalVariable]) {
 }
 
 fn load_text(d: &mut Device, text: &str) -> Result<u64, (Code, String)> {
+    let mut text = Cow::Borrowed(text);
+    for mutation in d.mutations.clone() {
+        if let Some(changed) = mutation.apply(&text) {
+            text = Cow::Owned(changed);
+            *d.calls.entry(MUTATION).or_default() += 1;
+        }
+    }
+    let text = &text;
     let parsed = parse_for(d.profile, text)?;
     let globals = place(d, &parsed)?;
     let addresses: HashMap<String, u64> = globals.iter().map(|g| (g.name.clone(), g.address)).collect();
