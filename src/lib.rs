@@ -50,3 +50,8 @@ pub use sampling::SamplingParams;
 #[cfg(all(doctest, feature = "demo", feature = "tokenizer"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// So is the guide to embedding.
+#[cfg(all(doctest, feature = "demo", feature = "tokenizer"))]
+#[doc = include_str!("../docs/embedding.md")]
+struct Embedding;
