@@ -1,0 +1,86 @@
+//! The binary on the virtual CUDA device: the same command line, the same results.
+#![cfg(all(feature = "cuda", feature = "cli"))]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use virtual_gpu::host::Driver;
+
+/// Runs the binary with the virtual driver as the system's.
+fn run(arguments: &[&str]) -> Output {
+    let dir = TempDir::new().unwrap();
+    std::os::unix::fs::symlink(Driver::path().unwrap(), dir.path().join("libcuda.so")).unwrap();
+    Command::new(Path::new(env!("CARGO_BIN_EXE_dlf-engine")))
+        .args(arguments)
+        .env("LD_LIBRARY_PATH", dir.path())
+        .env("VCUDA_PROFILE", "h100")
+        .output()
+        .unwrap()
+}
+
+fn json(arguments: &[&str]) -> Value {
+    let output = run(arguments);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+const PROMPT: [&str; 7] = [
+    "generate",
+    "--json",
+    "--prompt",
+    "Question: What is 3 plus 4?\nAnswer:",
+    "--max-new-tokens",
+    "6",
+    "--device",
+];
+
+#[test]
+fn generate_says_on_a_gpu_what_it_says_on_the_cpu() {
+    let with = |device: &str, more: &[&str]| {
+        let arguments: Vec<&str> =
+            PROMPT.iter().copied().chain([device]).chain(more.iter().copied()).collect();
+        json(&arguments)
+    };
+    let sampled: &[&str] = &["--temperature", "0.7", "--top-p", "0.9", "--seed", "3"];
+    for more in [&[][..], sampled, &["--search", "refine"], &["--method", "static", "--alpha", "0.8"]] {
+        let (cpu, gpu) = (with("cpu", more), with("cuda", more));
+        for field in ["text", "token_ids", "finish_reason", "usage"] {
+            assert_eq!(gpu[field], cpu[field], "{more:?} {field}");
+        }
+    }
+    // Auto takes the GPU, and one launch at a time is the same.
+    let expected = with("cpu", &[]);
+    assert_eq!(with("auto", &[])["token_ids"], expected["token_ids"]);
+    assert_eq!(with("cuda:0", &["--eager"])["token_ids"], expected["token_ids"]);
+    assert_eq!(with("cuda", &["--kv-memory", "8"])["token_ids"], expected["token_ids"]);
+}
+
+#[test]
+fn score_gives_the_numbers_of_the_cpu() {
+    let score = |device| json(&["score", "--json", "--text", "Tom has 3 apples.", "--device", device]);
+    let (cpu, gpu) = (score("cpu"), score("cuda"));
+    assert_eq!(gpu["ids"], cpu["ids"]);
+    let tokens = |value: &Value| value["tokens"].as_array().unwrap().clone();
+    for (a, b) in tokens(&gpu).iter().zip(&tokens(&cpu)) {
+        assert_eq!((&a["token_id"], &a["alpha"], &a["expert"]), (&b["token_id"], &b["alpha"], &b["expert"]));
+        let difference = a["logprob_fused"].as_f64().unwrap() - b["logprob_fused"].as_f64().unwrap();
+        // The bound for 16-bit weights; sums are f32 on both, in another order.
+        assert!(difference.abs() < 2e-3, "{a} {b}");
+    }
+    assert_eq!(tokens(&gpu).len(), tokens(&cpu).len());
+}
+
+#[test]
+fn a_gpu_that_is_not_there_is_named() {
+    let output = run(&["generate", "--prompt", "x", "--device", "cuda:7"]);
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("cuda:7") && message.contains("there is one NVIDIA GPU, cuda:0"), "{message}");
+    let output = run(&["generate", "--prompt", "x", "--device", "cuda", "--kv-memory", "1", "-n", "4000"]);
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "{message}");
+    assert!(message.contains("--kv-memory 1"), "{message}");
+}
