@@ -223,7 +223,7 @@ impl BackendOptions {
 }
 
 /// GPUs that can be asked for.
-fn gpus() -> usize {
+pub(crate) fn gpus() -> usize {
     #[cfg(feature = "cuda")]
     return cuda::device_count();
     #[cfg(not(feature = "cuda"))]
@@ -260,6 +260,9 @@ pub trait Backend {
     /// # Errors
     /// Only where the device fails.
     fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<Duration>;
+
+    /// Kernels launched so far, those in graphs included; 0 where nothing is launched.
+    fn launches(&self) -> u64;
 
     /// Copies the logits of `model` in `slot` over the shared vocabulary: `(vocab_size,)` f32.
     ///

@@ -1,6 +1,7 @@
 //! The command line: flags in, a validated request out.
 
 mod args;
+mod bench;
 mod color;
 mod eval;
 mod generate;
@@ -46,6 +47,7 @@ pub fn main() -> ExitCode {
         Command::Eval(args) => eval::run(args),
         Command::Sweep(args) => sweep::run(args),
         Command::Plot(args) => plot::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Completions { shell } => completions(*shell),
     };
     match result {

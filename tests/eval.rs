@@ -317,6 +317,10 @@ impl Backend for Counting {
         self.inner.fuse(rows, decisions)
     }
 
+    fn launches(&self) -> u64 {
+        self.inner.launches()
+    }
+
     fn logits(&self, model: usize, slot: usize) -> dlf_engine::Result<Vec<f32>> {
         self.inner.logits(model, slot)
     }

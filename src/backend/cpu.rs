@@ -201,6 +201,10 @@ impl Backend for CpuBackend {
         Ok(start.elapsed())
     }
 
+    fn launches(&self) -> u64 {
+        0
+    }
+
     fn logits(&self, model: usize, slot: usize) -> Result<Vec<f32>> {
         let logits = slot_of(self.logits.get(), &self.ensemble, &self.limits, model, slot);
         logits.map(<[f32]>::to_vec).ok_or_else(|| Error::Parameter {

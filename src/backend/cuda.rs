@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! device    one GPU, and the one way to call the driver
+//! bandwidth what the memory of a GPU gives
 //! memory    device memory, and the ways to and from it
 //! images    the kernels, embedded
 //! kernels   what each kernel takes
@@ -18,6 +19,7 @@
 //! ```
 
 mod ahead;
+mod bandwidth;
 mod buffers;
 mod device;
 mod forward;
@@ -33,6 +35,7 @@ mod relay;
 mod upload;
 mod weights;
 
+pub use bandwidth::bandwidth;
 pub use device::{Gpu, device_count};
 
 use std::sync::Arc;
@@ -342,6 +345,10 @@ impl Backend for CudaBackend {
             }
         }
         Ok(time.unwrap_or_else(|| started.elapsed()))
+    }
+
+    fn launches(&self) -> u64 {
+        self.gpu.launches() + self.relay.as_ref().map_or(0, Relay::launches)
     }
 
     fn logits(&self, model: usize, slot: usize) -> Result<Vec<f32>> {

@@ -32,6 +32,8 @@ pub(crate) enum Command {
     Sweep(super::sweep::SweepArgs),
     /// Draw traces: each token with its α and the expert that acted.
     Plot(PlotArgs),
+    /// Measure fusion, decoding, and the reading of prompts.
+    Bench(super::bench::BenchArgs),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -209,11 +211,30 @@ pub(crate) struct DeviceArgs {
 impl DeviceArgs {
     /// A backend of these limits.
     pub(crate) fn backend(&self, limits: Limits) -> BackendOptions {
-        let device = match (self.large_device, self.small_device) {
+        BackendOptions { device: self.device(), threads: self.threads(), limits, eager: self.eager }
+    }
+
+    /// What all the flags together name.
+    pub(crate) fn device(&self) -> Device {
+        match (self.large_device, self.small_device) {
             (None, None) => self.device,
             (large, small) => Device::Split { large: large.unwrap_or(0), small: small.unwrap_or(0) },
-        };
-        BackendOptions { device, threads: self.threads.map(usize::from), limits, eager: self.eager }
+        }
+    }
+
+    /// The GPU of the large model, if any.
+    pub(crate) fn gpu(&self) -> Option<usize> {
+        match self.device() {
+            Device::Cpu => None,
+            Device::Auto => (crate::backend::gpus() > 0).then_some(0),
+            Device::Cuda(ordinal) => Some(ordinal),
+            Device::Split { large, .. } => Some(large),
+        }
+    }
+
+    /// Threads of the CPU backend, where they are given.
+    pub(crate) fn threads(&self) -> Option<usize> {
+        self.threads.map(usize::from)
     }
 }
 

@@ -72,6 +72,10 @@ impl Backend for Scripted {
         Ok(Duration::ZERO)
     }
 
+    fn launches(&self) -> u64 {
+        0
+    }
+
     fn logits(&self, _model: usize, _slot: usize) -> Result<Vec<f32>> {
         Ok(Vec::new())
     }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute};
@@ -29,6 +30,7 @@ pub struct Gpu {
     shared_bytes: usize,
     context: Arc<CudaContext>,
     modules: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
+    launches: AtomicU64,
     /// The first failure: after it the context can't be trusted, and every call reports it.
     failure: OnceLock<(String, String)>,
 }
@@ -111,6 +113,7 @@ impl Gpu {
             shared_bytes: number(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
             context,
             modules: Mutex::default(),
+            launches: AtomicU64::new(0),
             failure: OnceLock::new(),
         })
     }
@@ -157,6 +160,16 @@ impl Gpu {
     /// [`Error::Cuda`].
     pub fn memory(&self) -> Result<(usize, usize)> {
         self.call(|| "cuMemGetInfo".to_owned(), || self.context.mem_get_info())
+    }
+
+    /// Kernels launched so far, those in graphs included.
+    pub fn launches(&self) -> u64 {
+        self.launches.load(Ordering::Relaxed)
+    }
+
+    /// Counts launches; wraps around, so that some can be taken back.
+    pub(crate) fn count_launches(&self, more: u64) {
+        self.launches.fetch_add(more, Ordering::Relaxed);
     }
 
     /// A new stream.
@@ -236,6 +249,7 @@ impl Gpu {
         let config =
             LaunchConfig { grid_dim: grid.blocks, block_dim: grid.threads, shared_mem_bytes: grid.shared };
         let operation = || format!("launch of {} with {:?}", kernel.symbol, grid);
+        self.count_launches(1);
         self.call(operation, || {
             let mut builder = stream.launch_builder(&kernel.function);
             builder.arg(args);

@@ -9,7 +9,10 @@ use super::device::Gpu;
 use crate::error::{Error, Result};
 
 /// What was put into a stream while it was recorded.
-pub(crate) struct Graph(CudaGraph);
+pub(crate) struct Graph {
+    graph: CudaGraph,
+    launches: u64,
+}
 
 impl Gpu {
     /// Records what `record` puts into `stream`, and into streams that wait for its events, instead of running it.
@@ -28,10 +31,14 @@ impl Gpu {
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.call(|| "cuStreamBeginCapture".to_owned(), || stream.begin_capture(mode))?;
         let recording = Recording(Some(stream));
+        let before = self.launches();
         record()?;
+        // Recorded, not launched.
+        let launches = self.launches() - before;
+        self.count_launches(launches.wrapping_neg());
         let graph =
             self.call(|| "cuStreamEndCapture and cuGraphInstantiate".to_owned(), || recording.end())?;
-        graph.map(Graph).ok_or_else(|| Error::Cuda {
+        graph.map(|graph| Graph { graph, launches }).ok_or_else(|| Error::Cuda {
             device: self.ordinal(),
             operation: "cuStreamEndCapture".to_owned(),
             reason: "nothing was recorded".to_owned(),
@@ -40,7 +47,8 @@ impl Gpu {
 
     /// Puts a graph into the stream that it was recorded in.
     pub(crate) fn launch_graph(&self, graph: &Graph) -> Result<()> {
-        self.call(|| "cuGraphLaunch".to_owned(), || graph.0.launch())
+        self.count_launches(graph.launches);
+        self.call(|| "cuGraphLaunch".to_owned(), || graph.graph.launch())
     }
 }
 

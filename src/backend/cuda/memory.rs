@@ -135,6 +135,17 @@ impl Gpu {
         self.synchronize(stream)
     }
 
+    /// Copies one buffer to another of the same length.
+    pub(crate) fn copy<T: DeviceRepr>(
+        &self,
+        stream: &Arc<CudaStream>,
+        from: &Buffer<T>,
+        to: &mut Buffer<T>,
+    ) -> Result<()> {
+        let operation = || format!("copy of {} bytes on the device", from.len() * size_of::<T>());
+        self.call(operation, || stream.memcpy_dtod(&from.slice, &mut to.slice))
+    }
+
     /// Host memory that the GPU can write while the host does something else. Zeros.
     pub(crate) fn pinned<T: DeviceRepr + ValidAsZeroBits>(&self, len: usize) -> Result<PinnedHostSlice<T>> {
         let operation = || format!("cuMemHostAlloc of {} bytes", len * size_of::<T>());

@@ -32,6 +32,11 @@ impl Relay {
         Ok(Self { gpu: Arc::clone(gpu), stream, logits, place, row: vec![0.0; place.vocab_size] })
     }
 
+    /// Kernels launched on this GPU.
+    pub(crate) fn launches(&self) -> u64 {
+        self.gpu.launches()
+    }
+
     /// Copies what the rows of `batch` left here, once `group` was waited for.
     ///
     /// By way of the host: a row is a few hundred kilobytes, and not every pair of GPUs can reach the other.

@@ -1,0 +1,296 @@
+//! Whole models: tokens after one another, and prompts.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use super::Common;
+use super::bandwidth::{Bandwidth, device_name};
+use super::report::{Record, mean_and_deviation};
+use super::shapes::{Pair, pair};
+use crate::backend::{Backend, Batch, Choice, FuseRow, Limits, Row};
+use crate::cli::args::{Method, ModelArgs};
+use crate::ensemble::Ensemble;
+use crate::fusion::FusionRule;
+use crate::generate::blocks_needed;
+use crate::kv_cache::{BLOCK_SIZE, BlockTable};
+use crate::sampling::SamplingParams;
+use crate::weights::Dtype;
+
+#[derive(Debug, Args)]
+pub(super) struct ModelBenchArgs {
+    #[command(flatten)]
+    models: ModelArgs,
+    /// Random weights of a published shape: LARGE or LARGE+SMALL, as llama-2-13b+tinyllama-1.1b.
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = parse_pair, conflicts_with_all = ["large", "small", "experts"])]
+    shape: Vec<Pair>,
+    /// Experts of the small shape.
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u8).range(1..=8))]
+    num_experts: Vec<u8>,
+    /// Of the random weights: f32, f16, bf16.
+    #[arg(long, value_name = "DTYPE,…", value_delimiter = ',', default_value = "bf16", value_parser = parse_dtype)]
+    dtype: Vec<Dtype>,
+    #[command(flatten)]
+    pub(super) common: Common,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DecodeArgs {
+    #[command(flatten)]
+    pub(super) models: ModelBenchArgs,
+    /// Tokens to generate.
+    #[arg(long, short = 'n', value_name = "N,…", value_delimiter = ',', default_value = "128", value_parser = clap::value_parser!(u32).range(1..))]
+    generate: Vec<u32>,
+    /// Tokens before the first one. The cache is there, and holds zeros.
+    #[arg(long, short, value_name = "N,…", value_delimiter = ',', default_value = "0")]
+    depth: Vec<u32>,
+    /// Sequences decoded together.
+    #[arg(long, short, value_name = "N,…", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u16).range(1..=256))]
+    batch: Vec<u16>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PrefillArgs {
+    #[command(flatten)]
+    pub(super) models: ModelBenchArgs,
+    /// Tokens of the prompt.
+    #[arg(long, short, value_name = "N,…", value_delimiter = ',', default_value = "512", value_parser = clap::value_parser!(u32).range(1..))]
+    prompt: Vec<u32>,
+    /// Tokens before it. The cache is there, and holds zeros.
+    #[arg(long, short, value_name = "N,…", value_delimiter = ',', default_value = "0")]
+    depth: Vec<u32>,
+}
+
+fn parse_pair(text: &str) -> Result<Pair, String> {
+    pair(text).map_err(|error| error.to_string())
+}
+
+fn parse_dtype(text: &str) -> Result<Dtype, String> {
+    [Dtype::F32, Dtype::F16, Dtype::Bf16]
+        .into_iter()
+        .find(|dtype| dtype.to_string().eq_ignore_ascii_case(text))
+        .ok_or_else(|| format!("expected f32, f16 or bf16, found {text:?}"))
+}
+
+/// An ensemble and what it is called.
+struct Subject {
+    name: String,
+    ensemble: Arc<Ensemble>,
+}
+
+impl ModelBenchArgs {
+    /// Calls `bench` with each ensemble that is asked for, one after another.
+    fn each(&self, context: usize, mut bench: impl FnMut(&Subject) -> Result<()>) -> Result<()> {
+        if self.shape.is_empty() {
+            let name = match &self.models.large {
+                _ if self.models.is_demo() => "demo".to_owned(),
+                Some(large) => large.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+                None => "ensemble".to_owned(),
+            };
+            let ensemble = Arc::new(self.models.load(&Method::Dynamic)?);
+            return bench(&Subject { name, ensemble });
+        }
+        for &pair in &self.shape {
+            for &dtype in &self.dtype {
+                let experts = if pair.small.is_some() { self.num_experts.as_slice() } else { &[0] };
+                for &experts in experts {
+                    let models = pair.models(dtype, experts.into(), context)?;
+                    let ensemble = Arc::new(Ensemble::from_models(models)?);
+                    let more = if experts > 1 { format!(" ×{experts}") } else { String::new() };
+                    bench(&Subject { name: format!("{}{more} {dtype}", pair.name()), ensemble })?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How many repetitions take how long, and their launches.
+struct Samples {
+    seconds: Vec<f64>,
+    launches: u64,
+}
+
+impl Common {
+    /// Times `work` after a run that warms up; launches are those of the last run.
+    fn samples(
+        &self,
+        backend: &mut dyn Backend,
+        mut work: impl FnMut(&mut dyn Backend) -> Result<Duration>,
+    ) -> Result<Samples> {
+        let mut samples = Samples { seconds: Vec::new(), launches: 0 };
+        work(backend)?;
+        for _ in 0..self.repetitions {
+            let before = backend.launches();
+            samples.seconds.push(work(backend)?.as_secs_f64());
+            samples.launches = backend.launches() - before;
+        }
+        Ok(samples)
+    }
+
+    fn device_name(&self) -> String {
+        device_name(self.device.device(), self.device.gpu(), self.device.threads())
+    }
+}
+
+/// The columns that both benchmarks share. `steps` is how often all weights are read; 0 where that isn't the limit.
+fn record(
+    (subject, test, device): (&Subject, String, String),
+    (tokens, steps): (usize, usize),
+    samples: &Samples,
+    bandwidth: Bandwidth,
+) -> Record {
+    let clock = |value: f64| bandwidth.has_clock().then_some(value);
+    let rates: Vec<f64> = samples.seconds.iter().map(|seconds| tokens as f64 / seconds).collect();
+    let (rate, deviation) = mean_and_deviation(&rates);
+    let (seconds, _) = mean_and_deviation(&samples.seconds);
+    let bytes = subject.ensemble.memory().weight_bytes;
+    let read = clock((bytes * steps) as f64 / seconds).filter(|_| steps > 0);
+    let share = read.zip(bandwidth.bytes_per_second()).map(|(read, limit)| 100.0 * read / limit);
+    Record::default()
+        .with("model", subject.name.clone())
+        .with("MiB", bytes as f64 / f64::from(1 << 20))
+        .with("device", device)
+        .with("test", test)
+        .with("tokens/s", clock(rate))
+        .with("±", deviation.and_then(clock))
+        .with("ms/token", clock(1e3 * seconds / tokens as f64))
+        .with("GB/s", read.map(|read| read / 1e9))
+        .with("% of memory", share)
+        .with("launches/token", samples.launches as f64 / tokens as f64)
+}
+
+fn depth_name(depth: usize) -> String {
+    if depth == 0 { String::new() } else { format!(" @ d{depth}") }
+}
+
+/// One block table a sequence, each of `blocks` blocks.
+fn tables(sequences: usize, blocks: usize) -> Vec<BlockTable> {
+    let table =
+        |sequence: usize| (sequence * blocks..(sequence + 1) * blocks).map(|block| block as u32).collect();
+    (0..sequences).map(|sequence| BlockTable { blocks: table(sequence) }).collect()
+}
+
+/// Measures `tgN @ dD`, for each size of the batch.
+pub(super) fn decode(
+    args: &DecodeArgs,
+    bandwidth: Bandwidth,
+    add: &mut dyn FnMut(Record) -> Result<()>,
+) -> Result<()> {
+    let most = |numbers: &[u32]| numbers.iter().copied().max().unwrap_or(0) as usize;
+    args.models.each(most(&args.depth) + most(&args.generate) + 1, |subject| {
+        for &depth in &args.depth {
+            for &generate in &args.generate {
+                for &batch in &args.batch {
+                    let (depth, generate, batch) = (depth as usize, generate as usize, usize::from(batch));
+                    let samples = decode_samples(args, subject, (depth, generate, batch))?;
+                    let sequences = if batch > 1 { format!(" × {batch}") } else { String::new() };
+                    let test = format!("tg{generate}{}{sequences}", depth_name(depth));
+                    let what = (subject, test, args.models.common.device_name());
+                    add(record(what, (generate * batch, generate), &samples, bandwidth))?;
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+fn decode_samples(
+    args: &DecodeArgs,
+    subject: &Subject,
+    (depth, generate, batch): (usize, usize, usize),
+) -> Result<Samples> {
+    let ensemble = &subject.ensemble;
+    let blocks = blocks_needed(1, depth + generate);
+    check_context(ensemble, depth + generate)?;
+    let limits = Limits { rows: batch, slots: batch, blocks: batch * blocks };
+    let mut backend = args.models.common.device.backend(limits).open(Arc::clone(ensemble))?;
+    let tables = tables(batch, blocks);
+    let rule = if ensemble.num_experts() > 0 { FusionRule::default() } else { FusionRule::Large };
+    let params = SamplingParams::default();
+    args.models.common.samples(&mut *backend, |backend| {
+        let start = Instant::now();
+        let mut tokens: Vec<u32> = (0..batch as u32).collect();
+        let mut decisions = Vec::new();
+        for step in 0..generate {
+            let row = |model, table: usize| Row {
+                model,
+                table,
+                position: depth + step,
+                token: tokens[table],
+                slot: Some(table),
+            };
+            let models = 0..ensemble.models().len();
+            let rows: Vec<Row> = models
+                .flat_map(|model| (0..batch).map(move |table| (model, table)))
+                .map(|(m, t)| row(m, t))
+                .collect();
+            backend.forward(&Batch { rows: &rows, tables: &tables })?;
+            let choice = Choice::Sample { params: &params, history: &[], generated: 0, banned: &[] };
+            let fuse = |slot| FuseRow { slot, step, rule: &rule, held: None, choice };
+            let fused: Vec<FuseRow<'_>> = (0..batch).map(fuse).collect();
+            backend.fuse(&fused, &mut decisions)?;
+            for (token, decision) in tokens.iter_mut().zip(decisions.drain(..)) {
+                *token = decision.context("a step of the benchmark")?.token;
+            }
+        }
+        Ok(start.elapsed())
+    })
+}
+
+/// Measures `ppN @ dD`.
+pub(super) fn prefill(
+    args: &PrefillArgs,
+    bandwidth: Bandwidth,
+    add: &mut dyn FnMut(Record) -> Result<()>,
+) -> Result<()> {
+    const CHUNK: usize = 512;
+    let most = |numbers: &[u32]| numbers.iter().copied().max().unwrap_or(0) as usize;
+    args.models.each(most(&args.depth) + most(&args.prompt), |subject| {
+        for &depth in &args.depth {
+            for &prompt in &args.prompt {
+                let (depth, prompt, ensemble) = (depth as usize, prompt as usize, &subject.ensemble);
+                check_context(ensemble, depth + prompt)?;
+                let blocks = (depth + prompt).div_ceil(BLOCK_SIZE);
+                let limits = Limits { rows: CHUNK, slots: 1, blocks };
+                let common = &args.models.common;
+                let mut backend = common.device.backend(limits).open(Arc::clone(ensemble))?;
+                let tables = tables(1, blocks);
+                let vocab_size = ensemble.vocab_size();
+                let row = |model, position: usize| Row {
+                    model,
+                    table: 0,
+                    position,
+                    token: (position * 7919 % vocab_size) as u32,
+                    slot: (position + 1 == depth + prompt).then_some(0),
+                };
+                let samples = common.samples(&mut *backend, |backend| {
+                    let start = Instant::now();
+                    for first in (depth..depth + prompt).step_by(CHUNK) {
+                        let last = (first + CHUNK).min(depth + prompt);
+                        let models = 0..ensemble.models().len();
+                        let rows: Vec<Row> = models
+                            .flat_map(|model| (first..last).map(move |p| (model, p)))
+                            .map(|(m, p)| row(m, p))
+                            .collect();
+                        backend.forward(&Batch { rows: &rows, tables: &tables })?;
+                    }
+                    Ok(start.elapsed())
+                })?;
+                let what = (subject, format!("pp{prompt}{}", depth_name(depth)), common.device_name());
+                add(record(what, (prompt, 0), &samples, bandwidth))?;
+            }
+        }
+        Ok(())
+    })
+}
+
+fn check_context(ensemble: &Ensemble, tokens: usize) -> Result<()> {
+    let context = (0..ensemble.models().len()).map(|model| ensemble.context(model)).min().unwrap_or(0);
+    if tokens > context {
+        bail!("{tokens} tokens, and the models know {context} positions");
+    }
+    Ok(())
+}
