@@ -1,4 +1,5 @@
 //! What a step of decoding does to memory, counted on the virtual device: exact, and the same in every run.
+//! `cargo test --release --test cuda_counters -- --nocapture` prints the numbers.
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
@@ -50,10 +51,19 @@ fn projections(shape: Shape) -> u64 {
 }
 
 /// Bytes that the projections read beside their weights, at most: each block stages the rows of x and, once a row,
-/// the weights of the norm.
-fn staged(launch: &Launch, shape: Shape, rows: u64) -> u64 {
-    let cols = if launch.kernel.starts_with("gemv_residual") { shape.intermediate } else { shape.hidden };
-    launch.counters.blocks * rows * (cols * 4 * 2) as u64
+/// the weights of the norm; where not all of it fits shared memory, again for each of its tiles of 32 outputs.
+fn staged(launch: &Launch, shape: Shape, rows: usize) -> u64 {
+    let Shape { hidden, intermediate, heads, kv_heads, head_dim, vocab, .. } = shape;
+    let (outputs, cols) = match launch.kernel.split('_').next().unwrap() {
+        "qkv" => ((heads + 2 * kv_heads) * head_dim, hidden),
+        "gate" => (2 * intermediate, hidden),
+        "lm" => (vocab, hidden),
+        _ => (hidden, intermediate),
+    };
+    // 48 KiB, less a few sums, in panels of 256 columns that take 272 numbers.
+    let fits = rows * cols.div_ceil(256) * 272 <= (48 << 10) / 4 - 1024;
+    let times = if fits { launch.counters.blocks } else { outputs.div_ceil(32) as u64 };
+    times * (rows * cols * 4 * 2) as u64
 }
 
 fn is_projection(launch: &Launch) -> bool {
@@ -65,13 +75,12 @@ fn weights_are_read_once_a_step_whatever_the_batch() {
     for sequences in [1, 4, 16] {
         let launches = step(&[Role::Large], sequences, SMOL);
         let of_projections = launches.iter().filter(|launch| is_projection(launch));
-        let rows = sequences as u64;
         let (mut bytes, mut sectors, mut distinct, mut beside) = (0, 0, 0, 0);
         for launch in of_projections {
             bytes += launch.counters.global_load_bytes;
             sectors += launch.counters.global_load_sectors;
             distinct += launch.counters.distinct_load_sectors;
-            beside += staged(launch, SMOL, rows);
+            beside += staged(launch, SMOL, sequences);
         }
         let weights = projections(SMOL);
         // Each byte of the weights once: twice would be far above, and a row too few below.
@@ -81,6 +90,12 @@ fn weights_are_read_once_a_step_whatever_the_batch() {
         // What memory must deliver, were every cache perfect: weights, and little else.
         let least = (32 * distinct) as f64 / weights as f64;
         assert!((1.0..=1.02).contains(&least), "{sequences}: {least}");
+        println!(
+            "{sequences} sequences: {weights} bytes of weights, {bytes} asked for ({over:.4} without what is staged), \
+             {} in sectors, {} in distinct ones",
+            32 * sectors,
+            32 * distinct
+        );
         // Whole sectors: nothing is fetched that isn't used. (More rows read more single words, of where they are.)
         assert!(sequences > 1 || 32 * sectors <= bytes + bytes / 50, "{} for {bytes}", 32 * sectors);
     }
@@ -146,6 +161,13 @@ fn fusion_reads_each_logit_once_in_one_launch() {
         let bytes = (c.global_load_bytes + c.global_store_bytes) as f64;
         assert!(bytes >= logits + states, "{vocab} {experts}: {bytes}");
         assert!(bytes <= logits + states + tasks + 4096.0, "{vocab} {experts}: {bytes}");
+        println!(
+            "{vocab} ids, {experts} experts: {logits} bytes of logits, {states} of states, {bytes} moved, {} in sectors \
+             read, {} warp instructions, {} atomics",
+            32 * c.global_load_sectors,
+            c.warp_instructions,
+            c.global_atomics
+        );
         // A warp's request is 32 consecutive logits: whole sectors. The states are read in three pieces, each of
         // which touches all their sectors.
         let sectors = (32 * c.global_load_sectors) as f64;
