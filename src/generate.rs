@@ -99,7 +99,16 @@ impl Request {
         if self.stop_strings.iter().any(String::is_empty) {
             return Err(parameter("stop", "strings that are not empty", "an empty one"));
         }
+        if self.min_new_tokens > self.max_new_tokens {
+            let most = format!("at most max_new_tokens, {}", self.max_new_tokens);
+            return Err(parameter("min_new_tokens", &most, &self.min_new_tokens.to_string()));
+        }
         let vocab_size = ensemble.vocab_size();
+        let biased = self.sampling.logit_bias.iter().map(|&(id, _)| ("logit_bias", id));
+        let stops = self.stop_token_ids.iter().map(|&id| ("stop_token_ids", id));
+        if let Some((name, id)) = biased.chain(stops).find(|&(_, id)| id as usize >= vocab_size) {
+            return Err(parameter(name, &format!("ids below {vocab_size}"), &id.to_string()));
+        }
         let mut most_new_tokens = self.max_new_tokens;
         for model in ensemble.models_for(&self.rule) {
             let role = ensemble.models()[model].role;

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use assert_cmd::cargo::cargo_bin;
 use serde_json::Value;
@@ -333,14 +333,10 @@ fn a_full_disk_is_an_error() {
 #[test]
 fn a_closed_pipe_is_a_quiet_end() {
     for args in [&["generate", "-n", "64", "--ignore-eos"][..], &["inspect", "--help"]] {
-        let mut child = Command::new(cargo_bin("dlf-engine"))
-            .args(args)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        drop(child.stdout.take());
-        let output = child.wait_with_output().unwrap();
+        // Closed before the program starts: it never writes to a pipe that somebody might still read.
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = Command::new(cargo_bin("dlf-engine")).args(args).stdout(writer).output().unwrap();
         assert_eq!(output.status.code(), Some(141), "{args:?}");
         assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     }
@@ -409,4 +405,47 @@ fn no_file_is_read_and_written_at_once() {
     let new = dir.path().join("new.jsonl");
     let new = new.to_str().unwrap();
     fails(&["generate", "--input", input, "--output", new, "--trace", new], "one file");
+}
+
+#[test]
+fn requests_that_make_no_sense_are_refused() {
+    let go = |more: &[&str], says: &str| {
+        let args: Vec<&str> = ["generate", "--prompt", "a"].iter().chain(more).copied().collect();
+        fails(&args, says);
+    };
+    go(&["-n", "4", "--min-new-tokens", "5"], "at most max_new_tokens, 4");
+    go(&["--logit-bias", "99999=1"], "logit_bias");
+    go(&["--stop-token-id", "99999"], "stop_token_ids");
+    go(&["--kv-memory", "1", "--batch-size", "1", "-n", "1000"], "--kv-memory 1: the longest sequence takes");
+}
+
+#[test]
+fn input_may_come_from_windows_and_name_roles_that_a_method_leaves_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = dir.path().join("in.jsonl");
+    let line = r#"{"prompt": "There are 3", "prompts": {"small": "Five", "expert": "Six"}}"#;
+    fs::write(&input, format!("\u{feff}{line}\r\n\r\n{line}\r\n")).unwrap();
+    let input = input.to_str().unwrap();
+    let lines = json_lines(&["generate", "--input", input, "--json", "-n", "3", "--method", "large"]);
+    assert_eq!(lines.len(), 2);
+    assert_eq!(lines[0]["text"], lines[1]["text"]);
+    json_lines(&["generate", "--input", input, "--json", "-n", "3"]);
+}
+
+#[test]
+fn what_failed_is_tried_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (input, output) = (path("in.jsonl"), path("out.jsonl"));
+    fs::write(&input, "{\"prompt\": \"There are 3\"}\n{\"prompt\": \"Tom has\"}\n").unwrap();
+    json_lines(&["generate", "--input", &input, "-n", "3", "--output", &output]);
+    let whole = trace(Path::new(&output));
+    let first = serde_json::to_string(&whole[0]).unwrap();
+    fs::write(&output, format!("{first}\n{{\"prompt\": \"Tom has\", \"error\": \"out of luck\"}}\n"))
+        .unwrap();
+    json_lines(&["generate", "--input", &input, "-n", "3", "--output", &output, "--resume"]);
+    let again = trace(Path::new(&output));
+    assert_eq!(again.len(), 2);
+    assert_eq!(again[0], whole[0]);
+    assert_eq!(again[1]["text"], whole[1]["text"]);
 }

@@ -56,7 +56,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<ExitCode> {
             Err(error) => return Err(error.into()),
         }
     }
-    view.close(&runs)
+    view.close()
 }
 
 fn items(args: &GenerateArgs) -> Result<Vec<Item>> {
@@ -142,6 +142,30 @@ impl Run {
     }
 }
 
+/// What the closing line tells of all prompts.
+#[derive(Debug, Default)]
+struct Totals {
+    tokens: usize,
+    time: StepTime,
+    alpha: f64,
+    with_alpha: usize,
+}
+
+impl Totals {
+    /// Takes in a prompt that is done, and leaves nothing of it: there may be many thousands.
+    fn take(&mut self, run: &mut Run) {
+        let run = std::mem::replace(run, Run::new(0));
+        self.tokens += run.steps.len();
+        self.time.large += run.time.large;
+        self.time.small += run.time.small;
+        self.time.fusion += run.time.fusion;
+        for alpha in run.steps.iter().filter_map(alpha) {
+            self.alpha += alpha;
+            self.with_alpha += 1;
+        }
+    }
+}
+
 /// Where results go while they come.
 struct View<'a> {
     ensemble: &'a Ensemble,
@@ -158,6 +182,7 @@ struct View<'a> {
     progress: ProgressBar,
     started: Instant,
     failed: bool,
+    totals: Totals,
 }
 
 impl<'a> View<'a> {
@@ -213,6 +238,7 @@ impl<'a> View<'a> {
             progress,
             started: Instant::now(),
             failed: false,
+            totals: Totals::default(),
         })
     }
 
@@ -239,6 +265,7 @@ impl<'a> View<'a> {
                 Some(json) => json.write(&runs[index].to_json(&self.items[index]))?,
                 None => print("\n")?,
             }
+            self.totals.take(&mut runs[index]);
             self.progress.inc(1);
         }
         // What has begun of the next one, whose turn it is now.
@@ -270,11 +297,11 @@ impl<'a> View<'a> {
         }
     }
 
-    fn close(self, runs: &[Run]) -> Result<ExitCode> {
+    fn close(self) -> Result<ExitCode> {
         self.progress.finish_and_clear();
         if self.closing_line {
             let mut stderr = io::stderr().lock();
-            writeln!(stderr, "{}", closing_line(runs, self.started.elapsed(), self.color))?;
+            writeln!(stderr, "{}", closing_line(&self.totals, self.started.elapsed(), self.color))?;
         }
         Ok(if self.failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
     }
@@ -285,15 +312,12 @@ fn alpha(step: &Step) -> Option<f64> {
     (!step.decision.alpha.is_empty()).then(|| step.decision.alpha.iter().sum())
 }
 
-fn closing_line(runs: &[Run], elapsed: Duration, color: bool) -> String {
-    let tokens: usize = runs.iter().map(|run| run.steps.len()).sum();
-    let each = |time: fn(&StepTime) -> Duration| {
-        let total: Duration = runs.iter().map(|run| time(&run.time)).sum();
-        total.as_secs_f64() * 1e3 / tokens.max(1) as f64
-    };
-    let (large, small, fusion) = (each(|t| t.large), each(|t| t.small), each(|t| t.fusion));
+fn closing_line(totals: &Totals, elapsed: Duration, color: bool) -> String {
+    let Totals { tokens, time, alpha, with_alpha } = totals;
+    let each = |time: Duration| time.as_secs_f64() * 1e3 / (*tokens).max(1) as f64;
+    let (large, small, fusion) = (each(time.large), each(time.small), each(time.fusion));
     let mut parts = vec![
-        format!("{:.1} tokens/s", tokens as f64 / elapsed.as_secs_f64().max(1e-9)),
+        format!("{:.1} tokens/s", *tokens as f64 / elapsed.as_secs_f64().max(1e-9)),
         format!("{:.2} ms/token", large + small + fusion),
     ];
     for (name, ms) in [("large", large), ("small and experts", small), ("fusion", fusion)] {
@@ -301,12 +325,11 @@ fn closing_line(runs: &[Run], elapsed: Duration, color: bool) -> String {
             parts.push(format!("{name} {ms:.2}"));
         }
     }
-    let alphas: Vec<f64> = runs.iter().flat_map(|run| &run.steps).filter_map(alpha).collect();
-    if !alphas.is_empty() {
-        parts.push(format!("mean α {:.2}", alphas.iter().sum::<f64>() / alphas.len() as f64));
+    if *with_alpha > 0 {
+        parts.push(format!("mean α {:.2}", alpha / *with_alpha as f64));
     }
     let line = parts.join(" · ");
-    if color && !alphas.is_empty() { format!("{line}   α: {}", color::legend()) } else { line }
+    if color && *with_alpha > 0 { format!("{line}   α: {}", color::legend()) } else { line }
 }
 
 /// A bar on stderr, which indicatif hides where that is no terminal.

@@ -80,7 +80,8 @@ pub(crate) fn check_resumed(line: &Value, field: &str, wanted: Option<Value>) ->
         line[field] == wanted,
         "the input has another `{field}` here: it has changed, or the output is another one"
     );
-    Ok(true)
+    // What failed is tried again.
+    Ok(line.get("error").is_none())
 }
 
 /// Fails where two of the files named by flags are the same regular file: writing one would destroy the other.
