@@ -4,8 +4,8 @@
 
 Starts the server on the demo ensemble at a free port. The openai package completes, chats, streams and is told what
 is wrong. lm-eval generates, scores log-likelihoods and answers multiple choice on the demo's tasks, with the server's
-own tokenizer; every generated text is compared with `dlf-engine generate`, and every log-likelihood with
-`dlf-engine score`. Needs tools/requirements-server.txt and no network.
+own tokenizer; every generated text is compared with `dlf-engine generate`, every log-likelihood with
+`dlf-engine score`, and the scores of the tasks with `dlf-engine eval`. Needs tools/requirements-server.txt and no network.
 """
 
 import argparse
@@ -165,6 +165,41 @@ def tasks(folder):
          doc_to_target="{{label}}", metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}])
 
 
+EVAL_TASKS = {
+    "demo_sums": ("sums", ["exact_match"], """
+[generate]
+max_new_tokens = 40
+stop = ["\\n\\n", "Question:"]
+extract = { after = "####" }
+references = "number"
+"""),
+    "demo_facts_choice": ("facts", ["acc", "acc_norm"], """
+[choice]
+choices = "choices"
+answer = "label"
+continuation = " {{ choice }}"
+"""),
+}
+
+
+def check_eval(binary, folder, limit, method, results):
+    """The scores of lm-eval are those of `dlf-engine eval` on the same samples."""
+    scores = {}
+    for name, (data, metrics, rest) in EVAL_TASKS.items():
+        file = folder / f"{name}.toml"
+        prompt = json.dumps(PROMPT.replace("{question}", "{{ question }}"))
+        file.write_text(f'name = "{name}"\nprompt = {prompt}\nmetrics = {json.dumps(metrics)}\n{rest}')
+        command = [binary, "eval", "--task", file, "--data", folder / f"{data}.jsonl", "--limit", str(limit),
+                   "--method", method, "--device", "cpu", "--quiet", "--json"]
+        rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["rows"]
+        of_lm_eval = {key.partition(",")[0]: value for key, value in results[name].items()}
+        for row in rows:
+            metric = row["metric"]
+            assert math.isclose(row["score"], of_lm_eval[metric], rel_tol=1e-12), (name, metric, row, results[name])
+            scores[f"{name} {metric}"] = row["score"]
+    return scores
+
+
 def check_lm_eval(url, binary, limit, model):
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -189,7 +224,10 @@ def check_lm_eval(url, binary, limit, model):
             bootstrap_iters=0,
             log_samples=True,
         )
-    method = ["--method", model.partition(":")[2] or "dynamic"]
+        method = model.partition(":")[2] or "dynamic"
+        equal = check_eval(binary, pathlib.Path(folder), limit, method, results["results"])
+        assert equal, "nothing was compared"
+    method = ["--method", method]
 
     samples = sorted(results["samples"]["demo_sums"], key=lambda sample: sample["doc_id"])
     lines = [{"prompt": PROMPT.format(question=sample["doc"]["question"])} for sample in samples]
@@ -219,6 +257,7 @@ def check_lm_eval(url, binary, limit, model):
         assert math.isclose(logprob, expected, rel_tol=1e-12, abs_tol=1e-12), (pair, logprob, expected)
         greedy_ones += greedy
         assert greedy == (says["token_ids"][: len(line["ids"])] == line["ids"]), (pair, response)
+    print(f"dlf-engine eval, {model}: the same scores: {json.dumps(equal)}")
     scores = {name: {k: v for k, v in results["results"][name].items() if isinstance(v, float)} for name in names}
     print(f"lm-eval {lm_eval.__version__}, {model}: {len(samples)} texts and {len(asked)} log-likelihoods ({greedy_ones} "
           f"greedy) equal the engine's (largest difference {worst:.1e}); {json.dumps(scores)}")
