@@ -20,6 +20,7 @@
 // needs   vocab_stride ≥ vocab_size; lanes ≤ 32 · ROUNDS; tickets zero before the first launch
 #include "fusion.cuh"
 
+constexpr u32 MAX_MODELS = MAX_EXPERTS + 2;
 constexpr u32 WARPS = 8;
 constexpr u32 COMBINED = MAX_EXPERTS;   // the direction Σ c_t D_t
 constexpr u32 NO_DIRECTION = COMBINED + 1;
@@ -34,7 +35,7 @@ struct alignas(8) Partial {
 };
 
 struct FuseArgs {
-    const float* logits;     // (models, slots, vocab_stride)
+    const float* const* models;  // (model_count,): where the logits of each lie, (slots, vocab_stride)
     const FuseRow* rows;     // (rows,)
     const FuseLane* lanes;
     Partial* partial;        // (rows, slices, lane_stride)
@@ -42,13 +43,13 @@ struct FuseArgs {
     u64* not_finite;         // (rows,): ALL_FINITE between launches
     FuseResult* results;     // (rows,)
     const u64* stamps;       // (2,): when the step began and when the large model was done, or null
-    u64 model_stride;        // numbers from one model's logits to the next
     u32 vocab_stride;
     u32 vocab_size;
     u32 small_model;         // index of the small model
     u32 first_expert;        // index of expert 0; the others follow
     u32 slice;               // tokens of a slice: a multiple of 256
     u32 lane_stride;
+    u32 model_count;         // at most MAX_MODELS
 };
 
 // Ten rounds of Philox4x32; word id % 4 at counter (id / 4, step, 0) belongs to a token.
@@ -107,19 +108,22 @@ struct Tile {
 };
 
 // Loads the token of this lane; notes the first logit that is not finite.
-__device__ void load(const FuseArgs& args, const FuseRow& row, const Tile& tile, u32 token, u32 row_index) {
+__device__ void load(
+    const FuseArgs& args, const FuseRow& row, const float* const* models, const Tile& tile, u32 token, u32 row_index
+) {
     const u32 lane = threadIdx.x % WARP;
     const bool exists = token < args.vocab_size;
-    const float* slot = args.logits + u64(row.slot) * args.vocab_stride + token;
+    const u64 at = u64(row.slot) * args.vocab_stride + token;
     bool excluded = !exists;
     const auto read = [&](u32 model) {
-        const float x = exists ? slot[model * args.model_stride] : -INFINITE;
+        const float x = exists ? models[model][at] : -INFINITE;
         if (!(x < INFINITE)) atomicMin(args.not_finite + row_index, u64(token) * 16 + model);
         excluded |= x == -INFINITE;
         return x;
     };
     float large = read(row.base_model), small = 0, combined = 0;
     if (row.experts) small = read(args.small_model);
+#pragma unroll 1
     for (u32 t = 0; t < row.experts; t++) {
         const float expert = read(args.first_expert + t), d = expert - small;
         tile.base(2 + t)[lane] = expert;
@@ -232,16 +236,19 @@ __device__ void decide(const FuseArgs& args, const FuseRow& row, const Merged* l
     result.log_sum_fused = lanes[chosen].log_sum;
     result.argmax_fused = lanes[chosen].best;
     result.token = row.forced != NOBODY ? row.forced : row.scale > 0 ? lanes[chosen].drawn : lanes[chosen].best;
-    const float* slot = args.logits + u64(row.slot) * args.vocab_stride + min(result.token, args.vocab_size - 1);
-    result.logit_base = slot[row.base_model * args.model_stride];
-    if (row.experts) result.logit_small = slot[args.small_model * args.model_stride];
-    for (u32 t = 0; t < row.experts; t++) {
-        result.logit_expert[t] = slot[(args.first_expert + t) * args.model_stride];
-    }
     if (args.stamps) {
         result.begun = args.stamps[0], result.large_done = args.stamps[1];
         result.done = now();
     }
+}
+
+// What a model gave for the chosen token: the base for number 0, the small model for 1, the experts from 2 on.
+__device__ void tell(const FuseArgs& args, const FuseRow& row, const float* const* models, u32 row_index, u32 number) {
+    FuseResult& result = args.results[row_index];
+    const u64 at = u64(row.slot) * args.vocab_stride + min(result.token, args.vocab_size - 1);
+    if (number == 0) result.logit_base = models[row.base_model][at];
+    else if (number == 1) result.logit_small = row.experts ? models[args.small_model][at] : 0;
+    else result.logit_expert[number - 2] = models[args.first_expert + number - 2][at];
 }
 
 // Dynamic shared memory: a tile a warp; then (WARPS, lanes) partial states; then the merged lanes.
@@ -251,12 +258,14 @@ __device__ void fuse(const FuseArgs& args) {
     __shared__ u32 ticket;
     __shared__ FuseRow row;
     __shared__ FuseLane lanes[ROUNDS * WARP];
+    __shared__ const float* models[MAX_MODELS];
     const u32 row_index = blockIdx.y, slices = gridDim.x, slice = blockIdx.x;
     // Each block reads what it is to do once.
     const auto copy = [](void* to, const void* from, u32 bytes) {
         for (u32 i = threadIdx.x; i < bytes / 4; i += blockDim.x) static_cast<u32*>(to)[i] = static_cast<const u32*>(from)[i];
     };
     copy(&row, args.rows + row_index, sizeof(FuseRow));
+    copy(models, args.models, args.model_count * sizeof(models[0]));
     __syncthreads();
     copy(lanes, args.lanes + row.first_lane, row.lane_count * sizeof(FuseLane));
     __syncthreads();
@@ -276,7 +285,7 @@ __device__ void fuse(const FuseArgs& args) {
     const u32 end = min(args.vocab_size, (slice + 1) * args.slice);
     for (u32 first = slice * args.slice + warp * WARP; first < end; first += WARPS * WARP) {
         __syncwarp();
-        load(args, row, tile, first + lane, row_index);
+        load(args, row, models, tile, first + lane, row_index);
         __syncwarp();
 #pragma unroll
         for (u32 r = 0; r < ROUNDS; r++) walk(row, tile, mine[r], first, states[r]);
@@ -332,9 +341,11 @@ __device__ void fuse(const FuseArgs& args) {
         decide(args, row, merged, row_index);
         args.tickets[row_index] = 0;
     }
+    __syncthreads();
+    if (threadIdx.x < 2 + row.experts) tell(args, row, models, row_index, threadIdx.x);
 }
 
 #define FUSE(ROUNDS, BLOCKS) \
     extern "C" __global__ __launch_bounds__(256, BLOCKS) void fuse_##ROUNDS(const FuseArgs args) { fuse<ROUNDS>(args); }
 
-FUSE(1, 2) FUSE(2, 2) FUSE(4, 2) FUSE(9, 1)
+FUSE(1, 1) FUSE(2, 1) FUSE(4, 1) FUSE(9, 1)

@@ -1,7 +1,12 @@
 //! What a step of decoding does to memory, counted on the virtual device: exact, and the same in every run.
 //! `cargo test --release --test cuda_counters -- --nocapture` prints the numbers.
 #![cfg(feature = "cuda")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a test, which prints what it counts"
+)]
 
 use std::sync::Arc;
 

@@ -30,6 +30,8 @@ use std::time::{Duration, Instant};
 use attention::AttentionScratch;
 use cache::{KvCache, Lazy};
 pub use caller::CpuFusion;
+#[cfg(feature = "cuda")]
+pub(crate) use caller::check_row;
 use forward::{Group, Machine};
 use fuse::Fuser;
 use pool::Pool;

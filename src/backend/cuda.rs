@@ -13,6 +13,7 @@
 //! forward   the layers, in the order of the paper
 //! fusion    the search for α and the choice of the token, in one launch
 //! needs     what memory a GPU must have
+//! caller    fusion of logits that somebody else has on a GPU
 //! relay     logits from one GPU to another
 //! graph     launches that go to the GPU as one
 //! ahead     the next step, computed before it is asked for
@@ -21,6 +22,7 @@
 mod ahead;
 mod bandwidth;
 mod buffers;
+mod caller;
 mod device;
 mod forward;
 mod fusion;
@@ -36,6 +38,7 @@ mod upload;
 mod weights;
 
 pub use bandwidth::bandwidth;
+pub use caller::{CudaFusion, DeviceLogits};
 pub use device::{Gpu, device_count};
 
 use std::sync::Arc;
@@ -43,7 +46,7 @@ use std::time::{Duration, Instant};
 
 use ahead::{Ahead, Machine, fusion_time};
 use forward::{Group, LogitsPlace};
-use fusion::{DeviceFuser, Encoded, is_on_device};
+use fusion::{DeviceFuser, Encoded, Roles, is_on_device};
 use memory::Buffer;
 use needs::Needs;
 use relay::Relay;
@@ -85,6 +88,8 @@ pub struct CudaBackend {
     checker: Checker,
     /// `(2, models, slots, vocab_stride)`: the halves take turns where a step is computed ahead.
     logits: Buffer<f32>,
+    /// Where the logits of each model lie, of both halves: what the places name.
+    _tables: Buffer<u64>,
     places: [LogitsPlace; 2],
     /// The half of the last step that was asked for.
     half: usize,
@@ -138,13 +143,19 @@ impl CudaBackend {
         for group in [&large, &small].into_iter().flatten() {
             group.synchronize()?;
         }
-        let places = [0, half].map(|first| LogitsPlace {
-            address: logits.address() + (first * size_of::<f32>()) as u64,
+        let of_model = half / models.len().max(1) * size_of::<f32>();
+        let addresses: Vec<u64> =
+            (0..2 * models.len()).map(|index| logits.address() + (index * of_model) as u64).collect();
+        let tables = gpu.upload(&stream, &addresses, "logits")?;
+        let places = [0, models.len()].map(|first| LogitsPlace {
+            address: addresses.get(first).copied().unwrap_or_default(),
+            table: tables.address() + (first * size_of::<u64>()) as u64,
             vocab_size,
             vocab_stride: stride(vocab_size),
             slots: limits.slots,
         });
-        let device_fuser = DeviceFuser::new(&gpu, &stream, &ensemble, places[0])?;
+        let roles = Roles(models.iter().map(|model| model.role).collect());
+        let device_fuser = DeviceFuser::new(&gpu, &stream, roles, places[0])?;
         let relay = match &small {
             Some(_) if small_ordinal != ordinal => Some(Relay::new(&small_gpu, places[0], half)?),
             _ => None,
@@ -156,6 +167,7 @@ impl CudaBackend {
             checker: Checker::default(),
             limits,
             logits,
+            _tables: tables,
             places,
             half: 0,
             fused_ahead: false,
@@ -233,15 +245,14 @@ impl CudaBackend {
     /// The rows as the kernel reads them, where it can decide them all.
     fn encode(&self, rows: &[FuseRow<'_>]) -> Option<Vec<Encoded>> {
         let fits = rows.len() <= self.device_fuser.capacity() && rows.iter().all(is_on_device);
-        let encode = |row: &FuseRow<'_>| self.device_fuser.encode(&self.ensemble, row).ok();
+        let encode = |row: &FuseRow<'_>| self.device_fuser.encode(row).ok();
         fits.then(|| rows.iter().map(encode).collect())?
     }
 
     fn decode(&self, rows: &[FuseRow<'_>], encoded: &[Encoded]) -> Vec<Result<Decision>> {
         // SAFETY: both callers have waited for this half's results.
         let results = unsafe { self.device_fuser.results(self.half) };
-        let decode =
-            |((row, encoded), result)| self.device_fuser.decode(&self.ensemble, row, encoded, result);
+        let decode = |((row, encoded), result)| self.device_fuser.decode(row, encoded, result);
         rows.iter().zip(encoded).zip(results).map(decode).collect()
     }
 
@@ -255,7 +266,7 @@ impl CudaBackend {
         if let Some(encoded) = encoded.filter(|_| self.half == 0 && self.ahead.foresees(rows)) {
             let Self { gpu, stream, device_fuser, places, .. } = &mut *self;
             if let Some(shape) = device_fuser.upload(gpu, stream, encoded.iter())? {
-                device_fuser.launch(gpu, stream, shape, places[0].address, 0)?;
+                device_fuser.launch(gpu, stream, shape, places[0].table, 0)?;
                 device_fuser.fetch(gpu, stream, shape, 0)?;
                 let done = gpu.record(stream)?;
                 let (ahead, mut machine) = self.parts();
@@ -266,8 +277,8 @@ impl CudaBackend {
         }
         let (device, host): (Vec<FuseRow<'_>>, Vec<FuseRow<'_>>) =
             rows.iter().partition(|row| is_on_device(row));
-        let logits = self.places[self.half].address;
-        let on_device = self.device_fuser.fuse(&self.gpu, &self.stream, &self.ensemble, logits, &device)?;
+        let models = self.places[self.half].table;
+        let on_device = self.device_fuser.fuse(&self.gpu, &self.stream, models, &device)?;
         let on_host = self.fuse_on_host(&host)?;
         let (mut on_device, mut on_host) = (on_device.into_iter(), on_host.into_iter());
         let next = |row| if is_on_device(row) { on_device.next() } else { on_host.next() };

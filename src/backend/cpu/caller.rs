@@ -62,8 +62,10 @@ impl CpuFusion {
         decisions: &mut Vec<Result<Decision>>,
     ) -> Result<()> {
         decisions.clear();
+        let models = logits.large.iter().chain(&logits.small).chain(&logits.experts);
+        let fewest = models.map(LogitsRows::rows).min().unwrap_or(0);
         for row in rows {
-            check(logits, row)?;
+            check_row(row, logits, fewest)?;
         }
         let of_row = |row: usize| {
             let row = rows[row].slot;
@@ -81,15 +83,13 @@ impl CpuFusion {
     }
 }
 
-/// Checks what a backend has checked when it comes to fusion.
-fn check(logits: &ModelLogits<LogitsRows<'_>>, row: &FuseRow<'_>) -> Result<()> {
+/// Checks what a backend has checked when it comes to fusion; `fewest` is the number of rows that all models have.
+pub(crate) fn check_row<L>(row: &FuseRow<'_>, logits: &ModelLogits<L>, fewest: usize) -> Result<()> {
     let experts = logits.experts.len();
     row.rule.check(logits.large.is_some(), logits.small.is_some(), experts)?;
     if let Choice::Sample { params, .. } = row.choice {
         params.validate()?;
     }
-    let models = logits.large.iter().chain(&logits.small).chain(&logits.experts);
-    let fewest = models.map(LogitsRows::rows).min().unwrap_or(0);
     if row.slot >= fewest {
         return Err(Error::Parameter {
             name: "row",

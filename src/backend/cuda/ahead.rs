@@ -286,7 +286,7 @@ impl Ahead {
             let done = gpu.record(group.stream())?;
             gpu.wait(stream, &done)?;
         }
-        machine.fuser.launch(gpu, stream, shape.fused, place.address, self.stamps.address())?;
+        machine.fuser.launch(gpu, stream, shape.fused, place.table, self.stamps.address())?;
         machine.fuser.fetch(gpu, stream, shape.fused, shape.half)
     }
 }

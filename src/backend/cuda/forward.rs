@@ -32,6 +32,8 @@ use crate::weights::LlamaWeights;
 pub(crate) struct LogitsPlace {
     /// `(models, slots, vocab_stride)` f32
     pub(crate) address: u64,
+    /// Where the address of each model's logits lies, for fusion.
+    pub(crate) table: u64,
     pub(crate) vocab_size: usize,
     pub(crate) vocab_stride: usize,
     /// Slots of a model.

@@ -11,13 +11,12 @@ use super::device::{Gpu, Grid, Kernel};
 use super::forward::LogitsPlace;
 use super::memory::{Buffer, Landing};
 use crate::backend::FuseRow;
-use crate::ensemble::Ensemble;
 use crate::error::{Error, Result};
 use crate::fusion::Decision;
 use crate::model::Role;
 
 pub(crate) use rows::is_on_device;
-pub(super) use rows::{DeviceResult, DeviceRow, Encoded};
+pub(super) use rows::{DeviceResult, DeviceRow, Encoded, Roles};
 use rows::{Lane, decode, encode, most_lanes};
 
 /// Tokens of a slice of the vocabulary.
@@ -36,7 +35,7 @@ struct Partial([u32; 6]);
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 struct FuseArgs {
-    logits: u64,
+    models: u64,
     rows: u64,
     lanes: u64,
     partial: u64,
@@ -44,13 +43,13 @@ struct FuseArgs {
     not_finite: u64,
     results: u64,
     stamps: u64,
-    model_stride: u64,
     vocab_stride: u32,
     vocab_size: u32,
     small_model: u32,
     first_expert: u32,
     slice: u32,
     lane_stride: u32,
+    model_count: u32,
 }
 
 // SAFETY: plain numbers in the layout of C, which is that of the kernel's structs.
@@ -84,6 +83,7 @@ pub(super) struct FuseShape {
 pub(crate) struct DeviceFuser {
     kernels: [Kernel; 4],
     place: LogitsPlace,
+    roles: Roles,
     small_model: usize,
     first_expert: usize,
     slices: usize,
@@ -105,13 +105,8 @@ impl DeviceFuser {
     ///
     /// # Errors
     /// [`Error::Device`] where the GPU has too little memory, [`Error::Cuda`].
-    pub(crate) fn new(
-        gpu: &Gpu,
-        stream: &Arc<CudaStream>,
-        ensemble: &Ensemble,
-        place: LogitsPlace,
-    ) -> Result<Self> {
-        let experts = ensemble.num_experts();
+    pub(crate) fn new(gpu: &Gpu, stream: &Arc<CudaStream>, roles: Roles, place: LogitsPlace) -> Result<Self> {
+        let experts = roles.num_experts();
         let lane_stride = most_lanes(experts);
         let slices = place.vocab_size.div_ceil(SLICE).max(1);
         let capacity = place.slots.max(1);
@@ -127,8 +122,9 @@ impl DeviceFuser {
         Ok(Self {
             kernels,
             place,
-            small_model: ensemble.index(Role::Small).unwrap_or(0),
-            first_expert: ensemble.index(Role::Expert(0)).unwrap_or(0),
+            small_model: roles.index(Role::Small).unwrap_or(0),
+            first_expert: roles.index(Role::Expert(0)).unwrap_or(0),
+            roles,
             slices,
             capacity,
             lane_stride,
@@ -157,7 +153,7 @@ impl DeviceFuser {
         self.results.address()
     }
 
-    /// Decides `rows`, for each of which [`is_on_device`] holds, from the logits at `logits`: one decision or error
+    /// Decides `rows`, for each of which [`is_on_device`] holds, from the models' logits: one decision or error
     /// a row. Waits for the results.
     ///
     /// # Errors
@@ -166,16 +162,15 @@ impl DeviceFuser {
         &mut self,
         gpu: &Gpu,
         stream: &Arc<CudaStream>,
-        ensemble: &Ensemble,
-        logits: u64,
+        models: u64,
         rows: &[FuseRow<'_>],
     ) -> Result<Vec<Result<Decision>>> {
         let mut decisions = Vec::with_capacity(rows.len());
         for part in rows.chunks(self.capacity) {
-            let encoded: Vec<_> = part.iter().map(|row| self.encode(ensemble, row)).collect();
+            let encoded: Vec<_> = part.iter().map(|row| self.encode(row)).collect();
             let good = encoded.iter().filter_map(|row| row.as_ref().ok());
             if let Some(shape) = self.upload(gpu, stream, good)? {
-                self.launch(gpu, stream, shape, logits, 0)?;
+                self.launch(gpu, stream, shape, models, 0)?;
                 self.fetch(gpu, stream, shape, 0)?;
                 gpu.synchronize(stream)?;
             }
@@ -184,7 +179,7 @@ impl DeviceFuser {
             for (row, encoded) in part.iter().zip(encoded) {
                 decisions.push(encoded.and_then(|encoded| {
                     let result = results.next().ok_or(Error::NoCandidate { step: row.step })?;
-                    self.decode(ensemble, row, &encoded, result)
+                    self.decode(row, &encoded, result)
                 }));
             }
         }
@@ -192,19 +187,18 @@ impl DeviceFuser {
     }
 
     /// A row as the kernel reads it.
-    pub(super) fn encode(&self, ensemble: &Ensemble, row: &FuseRow<'_>) -> Result<Encoded> {
-        encode(ensemble, &self.place, row)
+    pub(super) fn encode(&self, row: &FuseRow<'_>) -> Result<Encoded> {
+        encode(&self.roles, &self.place, row)
     }
 
     /// What the kernel found for a row.
     pub(super) fn decode(
         &self,
-        ensemble: &Ensemble,
         row: &FuseRow<'_>,
         encoded: &Encoded,
         result: &DeviceResult,
     ) -> Result<Decision> {
-        decode(ensemble, row, encoded, result, &self.place)
+        decode(&self.roles, row, encoded, result, &self.place)
     }
 
     /// Copies rows, at most [`capacity`](Self::capacity), to the GPU; `None` where there are none.
@@ -229,18 +223,18 @@ impl DeviceFuser {
         Ok((!rows.is_empty()).then_some(FuseShape { rows: rows.len(), lanes: most_lanes, experts }))
     }
 
-    /// Puts the launch for the rows that were uploaded into `stream`. `stamps` is where the times of the step lie,
-    /// or 0.
+    /// Puts the launch for the rows that were uploaded into `stream`. `models` is where the addresses of the models'
+    /// logits lie, `stamps` where the times of the step do, or 0.
     pub(super) fn launch(
         &self,
         gpu: &Gpu,
         stream: &Arc<CudaStream>,
         shape: FuseShape,
-        logits: u64,
+        models: u64,
         stamps: u64,
     ) -> Result<()> {
         let args = FuseArgs {
-            logits,
+            models,
             rows: self.rows.address(),
             lanes: self.lanes.address(),
             partial: self.partial.address(),
@@ -248,13 +242,13 @@ impl DeviceFuser {
             not_finite: self.not_finite.address(),
             results: self.results.address(),
             stamps,
-            model_stride: (self.place.slots * self.place.vocab_stride) as u64,
             vocab_stride: self.place.vocab_stride as u32,
             vocab_size: self.place.vocab_size as u32,
             small_model: self.small_model as u32,
             first_expert: self.first_expert as u32,
             slice: SLICE as u32,
             lane_stride: self.lane_stride as u32,
+            model_count: self.roles.0.len() as u32,
         };
         let rounds = shape.lanes.div_ceil(WARP);
         let index = ROUNDS.iter().position(|&most| rounds <= most).unwrap_or(ROUNDS.len() - 1);

@@ -2,7 +2,6 @@
 
 use crate::backend::cuda::forward::LogitsPlace;
 use crate::backend::{Choice, FuseRow};
-use crate::ensemble::Ensemble;
 use crate::error::{Error, Result};
 use crate::fusion::cumulant::one_hot;
 use crate::fusion::{Decision, FusionRule, MAX_CANDIDATES, MAX_EXPERTS, Objective, PerExpert, SearchMode};
@@ -72,6 +71,22 @@ pub(in crate::backend::cuda) struct DeviceResult {
     pub(in crate::backend::cuda) done: u64,
 }
 
+/// The models whose logits are fused, in the order in which the kernel is told where they lie; experts one after
+/// another.
+#[derive(Clone, Debug)]
+pub(in crate::backend::cuda) struct Roles(pub(in crate::backend::cuda) Vec<Role>);
+
+impl Roles {
+    /// The place of a role.
+    pub(in crate::backend::cuda) fn index(&self, role: Role) -> Option<usize> {
+        self.0.iter().position(|&other| other == role)
+    }
+
+    pub(in crate::backend::cuda) fn num_experts(&self) -> usize {
+        self.0.iter().filter(|role| matches!(role, Role::Expert(_))).count()
+    }
+}
+
 /// Lanes of a row at most.
 pub(in crate::backend::cuda) fn most_lanes(experts: usize) -> usize {
     (experts * (MAX_CANDIDATES + 3)).max(1)
@@ -106,7 +121,7 @@ pub(crate) fn is_on_device(row: &FuseRow<'_>) -> bool {
 /// # Errors
 /// [`Error::Parameter`] for a slot that there isn't, [`Error::MissingModel`], [`Error::TokenOutOfRange`].
 pub(in crate::backend::cuda) fn encode(
-    ensemble: &Ensemble,
+    roles: &Roles,
     place: &LogitsPlace,
     row: &FuseRow<'_>,
 ) -> Result<Encoded> {
@@ -123,10 +138,10 @@ pub(in crate::backend::cuda) fn encode(
         FusionRule::Expert(t) => (Role::Expert(t), true),
         FusionRule::Dynamic(_) | FusionRule::Static(_) => (Role::Large, false),
     };
-    let experts = if alone { 0 } else { ensemble.num_experts() };
+    let experts = if alone { 0 } else { roles.num_experts() };
     let missing = |what: &str| Error::MissingModel { method: row.rule.name(), what: what.to_owned() };
-    let base_model = ensemble.index(base).ok_or_else(|| missing(&format!("the {base} model")))?;
-    if !alone && (experts == 0 || ensemble.index(Role::Small).is_none()) {
+    let base_model = roles.index(base).ok_or_else(|| missing(&format!("the {base} model")))?;
+    if !alone && (experts == 0 || roles.index(Role::Small).is_none()) {
         return Err(missing("a small model and an expert"));
     }
     let mut encoded = Encoded {
@@ -244,7 +259,7 @@ impl Encoded {
 /// # Errors
 /// [`Error::NotFinite`] and [`Error::NoCandidate`] for this row.
 pub(in crate::backend::cuda) fn decode(
-    ensemble: &Ensemble,
+    roles: &Roles,
     row: &FuseRow<'_>,
     encoded: &Encoded,
     result: &DeviceResult,
@@ -253,7 +268,7 @@ pub(in crate::backend::cuda) fn decode(
     let experts = encoded.row.experts as usize;
     if result.not_finite != u64::MAX {
         let (token, model) = ((result.not_finite / 16) as u32, (result.not_finite % 16) as usize);
-        let role = ensemble.models().get(model).map_or(encoded.base, |model| model.role);
+        let role = roles.0.get(model).copied().unwrap_or(encoded.base);
         return Err(Error::NotFinite { role, step: row.step, token, value: f32::NAN });
     }
     if result.empty != 0 || result.token as usize >= place.vocab_size {

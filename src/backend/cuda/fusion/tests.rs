@@ -1,38 +1,17 @@
 //! The kernel against the CPU's fusion, which is held against the f64 definition, on the virtual GPU with its
 //! sanitizers on.
 
-use std::sync::Arc;
-
 use super::*;
 use crate::backend::Choice;
 use crate::backend::cpu::fuse::{Fuser, sequential};
 use crate::backend::cuda::tests::virtual_gpu;
 use crate::backend::cuda::weights::stride;
-use crate::config::LlamaConfig;
 use crate::fusion::{AlphaGrid, DynamicRule, FusionRule, Logits, Objective};
-use crate::model::LlamaModel;
 use crate::sampling::SamplingParams;
-use crate::weights::{Dtype, LlamaWeights};
 
-/// An ensemble that is nothing but its roles and its vocabulary.
-fn ensemble(experts: usize, vocab_size: usize) -> Ensemble {
-    let json = format!(
-        r#"{{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2, "intermediate_size": 2,
-            "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": {vocab_size}, "rope_theta": 1e4,
-            "max_position_embeddings": 16, "rms_norm_eps": 1e-5, "hidden_act": "silu"}}"#
-    );
-    let config = Arc::new(LlamaConfig::from_json("config.json".as_ref(), &json, None).unwrap());
-    let weights = Arc::new(LlamaWeights::random(&config, Dtype::F32, 1));
-    let roles = [Role::Large, Role::Small].into_iter().chain((0..experts).map(Role::Expert));
-    let model = |role: Role| LlamaModel {
-        role,
-        name: role.to_string(),
-        path: "memory".into(),
-        config: Arc::clone(&config),
-        weights: Arc::clone(&weights),
-        adapter: None,
-    };
-    Ensemble::from_models(roles.map(model).collect()).unwrap()
+/// A large model, a small one, and experts.
+fn roles(experts: usize) -> Roles {
+    Roles([Role::Large, Role::Small].into_iter().chain((0..experts).map(Role::Expert)).collect())
 }
 
 /// Uniform numbers in −½ … ½.
@@ -78,7 +57,6 @@ struct Both {
 
 fn fuse_both(models: &[Vec<Vec<f32>>], rows: &[FuseRow<'_>]) -> Both {
     let (slots, vocab_size) = (models[0].len(), models[0][0].len());
-    let ensemble = ensemble(models.len() - 2, vocab_size);
     let (device, gpu) = virtual_gpu("a100");
     let stream = gpu.stream().unwrap();
     let vocab_stride = stride(vocab_size);
@@ -88,13 +66,18 @@ fn fuse_both(models: &[Vec<Vec<f32>>], rows: &[FuseRow<'_>]) -> Both {
         to[..vocab_size].copy_from_slice(row);
     }
     let logits = gpu.upload(&stream, &numbers, "logits").unwrap();
-    let place = LogitsPlace { address: logits.address(), vocab_size, vocab_stride, slots };
-    let mut fuser = DeviceFuser::new(&gpu, &stream, &ensemble, place).unwrap();
+    let table: Vec<u64> = (0..models.len())
+        .map(|model| logits.address() + (model * slots * vocab_stride * size_of::<f32>()) as u64)
+        .collect();
+    let table = gpu.upload(&stream, &table, "logits").unwrap();
+    let place =
+        LogitsPlace { address: logits.address(), table: table.address(), vocab_size, vocab_stride, slots };
+    let mut fuser = DeviceFuser::new(&gpu, &stream, roles(models.len() - 2), place).unwrap();
     device.clear();
-    let on_device = fuser.fuse(&gpu, &stream, &ensemble, place.address, rows).unwrap();
+    let on_device = fuser.fuse(&gpu, &stream, place.table, rows).unwrap();
     let launches = device.launches().len();
     // The launch leaves tickets as it found them: it can be repeated, and gives the same.
-    let again = fuser.fuse(&gpu, &stream, &ensemble, place.address, rows).unwrap();
+    let again = fuser.fuse(&gpu, &stream, place.table, rows).unwrap();
     for (first, second) in on_device.iter().zip(&again) {
         assert_eq!(first.as_ref().ok(), second.as_ref().ok());
     }
@@ -295,15 +278,23 @@ fn each_logit_is_read_once() {
     for (experts, vocab_size, most) in [(1, 32_000, 1.3), (2, 32_000, 1.3)] {
         let models = random_logits(experts, 1, vocab_size, 3);
         let row = FuseRow { slot: 0, step: 0, rule: &rule, held: None, choice: sample(&params) };
-        let ensemble = ensemble(experts, vocab_size);
         let (device, gpu) = virtual_gpu("h100");
         let stream = gpu.stream().unwrap();
         let numbers: Vec<f32> = models.iter().flatten().flatten().copied().collect();
         let logits = gpu.upload(&stream, &numbers, "logits").unwrap();
-        let place = LogitsPlace { address: logits.address(), vocab_size, vocab_stride: vocab_size, slots: 1 };
-        let mut fuser = DeviceFuser::new(&gpu, &stream, &ensemble, place).unwrap();
+        let table: Vec<u64> =
+            (0..2 + experts).map(|model| logits.address() + (model * vocab_size * 4) as u64).collect();
+        let table = gpu.upload(&stream, &table, "logits").unwrap();
+        let place = LogitsPlace {
+            address: logits.address(),
+            table: table.address(),
+            vocab_size,
+            vocab_stride: vocab_size,
+            slots: 1,
+        };
+        let mut fuser = DeviceFuser::new(&gpu, &stream, roles(experts), place).unwrap();
         device.clear();
-        fuser.fuse(&gpu, &stream, &ensemble, place.address, &[row]).unwrap().remove(0).unwrap();
+        fuser.fuse(&gpu, &stream, place.table, &[row]).unwrap().remove(0).unwrap();
         let launches = device.launches();
         assert_eq!(launches.len(), 1);
         let counters = launches[0].counters;
@@ -315,4 +306,58 @@ fn each_logit_is_read_once() {
             moved / needed
         );
     }
+}
+
+#[test]
+fn logits_of_a_caller_are_fused_where_they_lie() {
+    use crate::backend::cuda::{CudaFusion, DeviceLogits};
+    use crate::fusion::ModelLogits;
+
+    let (experts, rows, vocab_size, stride) = (2, 3, 1500, 1504);
+    let models = random_logits(experts, rows, vocab_size, 11);
+    let (device, gpu) = virtual_gpu("h100");
+    // A stream that isn't ours, with work in it that hasn't run.
+    let theirs = gpu.stream().unwrap();
+    let buffers: Vec<_> = models
+        .iter()
+        .map(|model| {
+            let mut numbers = vec![f32::NAN; rows * stride];
+            for (row, to) in model.iter().zip(numbers.chunks_mut(stride)) {
+                to[..vocab_size].copy_from_slice(row);
+            }
+            gpu.upload(&theirs, &numbers, "their logits").unwrap()
+        })
+        .collect();
+    let logits = ModelLogits {
+        large: Some(buffers[0].address()),
+        small: Some(buffers[1].address()),
+        experts: buffers[2..].iter().map(|buffer| buffer.address()).collect(),
+    };
+    let shape = DeviceLogits { rows, vocab_size, stride };
+    let mut fusion = CudaFusion::new(gpu.ordinal(), experts, shape).unwrap();
+    let (params, rule) = (greedy(), FusionRule::default());
+    let row = |slot| FuseRow { slot, step: 0, rule: &rule, held: None, choice: sample(&params) };
+    let fused: Vec<FuseRow<'_>> = [2, 0, 1].map(row).into();
+    let (mut found, after) = (Vec::new(), theirs.cu_stream().cast());
+    device.clear();
+    // SAFETY: the buffers live, with three rows each; the stream is of the same context.
+    unsafe { fusion.fuse(&logits, after, &fused, &mut found) }.unwrap();
+    assert_eq!(device.launches().len(), 1);
+    let expected = fuse_both(&models, &fused).host;
+    for (slot, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        assert_alike(found.as_ref().unwrap(), expected.as_ref().unwrap(), &format!("row {slot}"));
+    }
+    assert_eq!(device.reports(), []);
+
+    // What can't be is refused before anything is launched.
+    let top_k = SamplingParams { top_k: 3, ..greedy() };
+    let truncated = FuseRow { choice: sample(&top_k), ..row(0) };
+    for (row, says) in [(truncated, "temperature alone"), (row(3), "below 3")] {
+        // SAFETY: as above.
+        let message = unsafe { fusion.fuse(&logits, after, &[row], &mut found) }.unwrap_err().to_string();
+        assert!(message.contains(says), "{message}");
+    }
+    assert_eq!(device.launches().len(), 1);
+    let narrow = DeviceLogits { stride: 1000, ..shape };
+    assert!(CudaFusion::new(gpu.ordinal(), experts, narrow).is_err());
 }

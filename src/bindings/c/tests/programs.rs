@@ -22,7 +22,8 @@ fn libraries() -> PathBuf {
     // …/target/PROFILE/deps/programs-…
     let profile = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_owned();
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.args(["build", "--quiet", "--locked", "--package", env!("CARGO_PKG_NAME"), "--target-dir"]);
+    // The whole workspace, since that is what is built already; one package would have other features.
+    cargo.args(["build", "--quiet", "--locked", "--workspace", "--target-dir"]);
     cargo.arg(profile.parent().unwrap()).current_dir(root());
     if profile.ends_with("release") {
         cargo.arg("--release");
