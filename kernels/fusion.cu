@@ -341,7 +341,8 @@ __device__ void fuse(const FuseArgs& args) {
         decide(args, row, merged, row_index);
         args.tickets[row_index] = 0;
     }
-    __syncthreads();
+    // All that tell are in the warp of thread 0.
+    __syncwarp();
     if (threadIdx.x < 2 + row.experts) tell(args, row, models, row_index, threadIdx.x);
 }
 

@@ -133,7 +133,7 @@ fn a_bound_off_by_one_is_noticed() {
         ("lm_head_bf16_4", vec![("n", PRODUCT), ("skip", PRODUCT + 12)]),
         ("qkv_bf16_4", vec![("cols", PRODUCT + 4), ("heads", 200), ("head_dim", 208)]),
         ("attention_4", vec![("heads", 88), ("head_dim", 96), ("splits", 100)]),
-        ("fuse_2", vec![("vocab_stride", 72), ("vocab_size", 76), ("first_expert", 84), ("slice", 88)]),
+        ("fuse_2", vec![("vocab_stride", 64), ("vocab_size", 68), ("first_expert", 76), ("slice", 80)]),
         ("lora_down", vec![("outputs", 64), ("cols", 72)]),
         ("advance", vec![("slots", 88)]),
     ];
