@@ -249,30 +249,28 @@ impl CudaBackend {
         fits.then(|| rows.iter().map(encode).collect())?
     }
 
-    fn decode(&self, rows: &[FuseRow<'_>], encoded: &[Encoded]) -> Vec<Result<Decision>> {
+    /// The decisions of a step that has another ahead of it: its rows are those that `ahead` keeps.
+    fn decode(&self, rows: &[FuseRow<'_>]) -> Vec<Result<Decision>> {
         // SAFETY: both callers have waited for this half's results.
         let results = unsafe { self.device_fuser.results(self.half) };
         let decode = |((row, encoded), result)| self.device_fuser.decode(row, encoded, result);
-        rows.iter().zip(encoded).zip(results).map(decode).collect()
+        rows.iter().zip(self.ahead.fused()).zip(results).map(decode).collect()
     }
 
     /// Decides rows that no step ahead has decided: one launch for all that the kernel can decide by itself; the
     /// others (refined search, truncation, penalties, bans) are decided on the host, from the same logits.
-    fn fuse_now(
-        &mut self,
-        rows: &[FuseRow<'_>],
-        encoded: Option<Vec<Encoded>>,
-    ) -> Result<Vec<Result<Decision>>> {
-        if let Some(encoded) = encoded.filter(|_| self.half == 0 && self.ahead.foresees(rows)) {
+    fn fuse_now(&mut self, rows: &[FuseRow<'_>]) -> Result<Vec<Result<Decision>>> {
+        let foresees = self.half == 0 && self.ahead.foresees(rows);
+        if let Some(encoded) = if foresees { self.encode(rows) } else { None } {
             let Self { gpu, stream, device_fuser, places, .. } = &mut *self;
             if let Some(shape) = device_fuser.upload(gpu, stream, encoded.iter())? {
                 device_fuser.launch(gpu, stream, shape, places[0].table, 0)?;
                 device_fuser.fetch(gpu, stream, shape, 0)?;
                 let done = gpu.record(stream)?;
                 let (ahead, mut machine) = self.parts();
-                ahead.begin(&mut machine, encoded.clone(), shape)?;
+                ahead.begin(&mut machine, encoded, shape)?;
                 self.gpu.wait_for(&done)?;
-                return Ok(self.decode(rows, &encoded));
+                return Ok(self.decode(rows));
             }
         }
         let (device, host): (Vec<FuseRow<'_>>, Vec<FuseRow<'_>>) =
@@ -338,15 +336,14 @@ impl Backend for CudaBackend {
     fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<Duration> {
         let started = Instant::now();
         decisions.clear();
-        let encoded = self.encode(rows);
-        let foreseen = encoded.clone().filter(|_| std::mem::take(&mut self.fused_ahead));
+        let foreseen = if std::mem::take(&mut self.fused_ahead) { self.encode(rows) } else { None };
         let (ahead, machine) = self.parts();
         let (found, time) = if ahead.decided(&machine, foreseen)? {
             // SAFETY: `forward` has waited for them.
             let time = fusion_time(unsafe { self.device_fuser.results(self.half) });
-            (self.decode(rows, &encoded.unwrap_or_default()), Some(time))
+            (self.decode(rows), Some(time))
         } else {
-            (self.fuse_now(rows, encoded)?, None)
+            (self.fuse_now(rows)?, None)
         };
         for (row, decision) in rows.iter().zip(found) {
             match decision {

@@ -183,6 +183,11 @@ impl Ahead {
         Ok(false)
     }
 
+    /// The rows of fusion at the last step, where there is one ahead of it.
+    pub(crate) fn fused(&self) -> &[Encoded] {
+        self.chain.as_ref().map_or(&[], |chain| &chain.fused)
+    }
+
     /// Whether the step after the last one can be foreseen, when `rows` decide that one.
     pub(crate) fn foresees(&self, rows: &[FuseRow<'_>]) -> bool {
         let again = |row: &FuseRow<'_>| {
@@ -267,22 +272,19 @@ impl Ahead {
         // are those that fusion decided (`foresees`). The groups wait for this launch, and fusion for them.
         unsafe { gpu.launch(stream, &self.advance, one, &args) }?;
         let begun = gpu.record(stream)?;
-        let branches = [(machine.large, shape.large), (machine.small, shape.small)];
-        for (index, (group, shape)) in branches.into_iter().enumerate() {
-            let (Some(group), Some(shape)) = (group, shape) else { continue };
+        let large = machine.large.zip(shape.large);
+        let running = [large, machine.small.zip(shape.small)];
+        for (group, shape) in running.iter().flatten() {
             gpu.wait(group.stream(), &begun)?;
             group.run(shape.splits, place)?;
-            if index == 0 {
-                let grid = Grid { threads: (1, 1, 1), ..one };
-                let args = StampArgs { to: self.stamps.address() + size_of::<u64>() as u64 };
-                // SAFETY: there are two stamps.
-                unsafe { gpu.launch(group.stream(), &self.stamp, grid, &args) }?;
-            }
         }
-        for group in
-            [machine.large.filter(|_| shape.large.is_some()), machine.small.filter(|_| shape.small.is_some())]
-        {
-            let Some(group) = group else { continue };
+        if let Some((group, _)) = large {
+            let grid = Grid { threads: (1, 1, 1), ..one };
+            let args = StampArgs { to: self.stamps.address() + size_of::<u64>() as u64 };
+            // SAFETY: there are two stamps.
+            unsafe { gpu.launch(group.stream(), &self.stamp, grid, &args) }?;
+        }
+        for (group, _) in running.iter().flatten() {
             let done = gpu.record(group.stream())?;
             gpu.wait(stream, &done)?;
         }

@@ -72,12 +72,12 @@ fn of_gpu(_: usize) -> Result<Bandwidth> {
     anyhow::bail!("this build has no CUDA backend (feature `cuda`)")
 }
 
-/// What a device is called in a table.
-pub(crate) fn device_name(device: Device, gpu: Option<usize>, threads: Option<usize>) -> String {
-    match (device, gpu) {
+/// What the device is called in a table.
+pub(crate) fn device_name(args: &DeviceArgs) -> String {
+    match (args.device(), args.gpu()) {
         (Device::Split { large, small }, _) => format!("cuda:{large}+{small}"),
         (_, Some(ordinal)) => format!("cuda:{ordinal}"),
-        (_, None) => match threads.unwrap_or_else(available_threads) {
+        (_, None) => match args.threads().unwrap_or_else(available_threads) {
             1 => "cpu, 1 thread".to_owned(),
             threads => format!("cpu, {threads} threads"),
         },

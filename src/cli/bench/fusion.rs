@@ -9,17 +9,16 @@ use clap::Args;
 use super::Common;
 use super::bandwidth::{Bandwidth, device_name};
 use super::plain::{self, Models};
-use super::report::{Record, mean_and_deviation};
-use super::shapes::{Pair, pair};
+use super::report::{Record, Samples, mean_and_deviation};
+use super::shapes::{Pair, narrow, pair};
 use crate::backend::cpu::CpuFusion;
 use crate::backend::cpu::available_threads;
 use crate::backend::{Batch, Choice, FuseRow, Limits, Row};
-use crate::config::LlamaConfig;
 use crate::ensemble::Ensemble;
 use crate::fusion::{AlphaGrid, DynamicRule, FusionRule, LogitsRows, ModelLogits};
 use crate::kv_cache::BlockTable;
-use crate::model::{LlamaModel, Role};
-use crate::weights::{Dtype, LlamaWeights};
+use crate::model::Role;
+use crate::weights::Dtype;
 
 #[derive(Debug, Args)]
 pub(super) struct FusionBenchArgs {
@@ -49,12 +48,6 @@ struct Case {
     experts: usize,
     candidates: usize,
     batch: usize,
-}
-
-/// Seconds of each repetition, and launches of one.
-struct Samples {
-    seconds: Vec<f64>,
-    launches: u64,
 }
 
 /// Measures every combination of the lists.
@@ -102,7 +95,7 @@ fn measure(
     let clock = |value: f64| bandwidth.has_clock().then_some(value);
     let step =
         bandwidth.bytes_per_second().map(|limit| args.step.bytes(Dtype::Bf16, case.experts) as f64 / limit);
-    let device = device_name(args.common.device.device(), args.common.device.gpu(), Some(threads));
+    let device = device_name(&args.common.device);
     add(Record::default()
         .with("vocab", case.vocab)
         .with("experts", case.experts)
@@ -157,7 +150,8 @@ fn on_cpu(args: &FusionBenchArgs, case: Case, rule: &FusionRule, threads: usize)
 fn on_gpu(args: &FusionBenchArgs, case: Case, rule: &FusionRule) -> Result<Samples> {
     let roles: Vec<Role> =
         [Role::Large, Role::Small].into_iter().chain((0..case.experts).map(Role::Expert)).collect();
-    let models = roles.iter().map(|&role| narrow(role, case.vocab)).collect::<Result<_>>()?;
+    let shape = narrow(case.vocab);
+    let models = roles.iter().map(|&role| shape.model(role, Dtype::Bf16, 16)).collect::<Result<_>>()?;
     let ensemble = Arc::new(Ensemble::from_models(models)?);
     let limits = Limits { rows: case.batch, slots: case.batch, blocks: case.batch };
     let mut backend = args.common.device.backend(limits).open(ensemble)?;
@@ -181,23 +175,6 @@ fn on_gpu(args: &FusionBenchArgs, case: Case, rule: &FusionRule) -> Result<Sampl
         decisions.drain(..).collect::<Result<Vec<_>, _>>().context("a row of the benchmark")?;
     }
     Ok(samples)
-}
-
-/// A model that is little but its vocabulary.
-fn narrow(role: Role, vocab_size: usize) -> Result<LlamaModel> {
-    let config = serde_json::json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 8,
-        "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": vocab_size,
-        "max_position_embeddings": 16, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    });
-    let config = Arc::new(LlamaConfig::from_json("narrow".as_ref(), &config.to_string(), None)?);
-    let seed = match role {
-        Role::Large => 1,
-        Role::Small => 2,
-        Role::Expert(t) => 3 + t as u64,
-    };
-    let weights = Arc::new(LlamaWeights::random(&config, Dtype::Bf16, seed));
-    Ok(LlamaModel { role, name: role.to_string(), path: "narrow".into(), config, weights, adapter: None })
 }
 
 /// The mean seconds of the plain search, for all rows.

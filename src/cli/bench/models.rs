@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::Common;
 use super::bandwidth::{Bandwidth, device_name};
-use super::report::{Record, mean_and_deviation};
+use super::report::{Record, Samples, mean_and_deviation};
 use super::shapes::{Pair, pair};
 use crate::backend::{Backend, Batch, Choice, FuseRow, Limits, Row};
 use crate::cli::args::{Method, ModelArgs};
@@ -107,12 +107,6 @@ impl ModelBenchArgs {
     }
 }
 
-/// How many repetitions take how long, and their launches.
-struct Samples {
-    seconds: Vec<f64>,
-    launches: u64,
-}
-
 impl Common {
     /// Times `work` after a run that warms up; launches are those of the last run.
     fn samples(
@@ -128,10 +122,6 @@ impl Common {
             samples.launches = backend.launches() - before;
         }
         Ok(samples)
-    }
-
-    fn device_name(&self) -> String {
-        device_name(self.device.device(), self.device.gpu(), self.device.threads())
     }
 }
 
@@ -188,7 +178,7 @@ pub(super) fn decode(
                     let samples = decode_samples(args, subject, (depth, generate, batch))?;
                     let sequences = if batch > 1 { format!(" × {batch}") } else { String::new() };
                     let test = format!("tg{generate}{}{sequences}", depth_name(depth));
-                    let what = (subject, test, args.models.common.device_name());
+                    let what = (subject, test, device_name(&args.models.common.device));
                     add(record(what, (generate * batch, generate), &samples, bandwidth))?;
                 }
             }
@@ -279,7 +269,7 @@ pub(super) fn prefill(
                     }
                     Ok(start.elapsed())
                 })?;
-                let what = (subject, format!("pp{prompt}{}", depth_name(depth)), common.device_name());
+                let what = (subject, format!("pp{prompt}{}", depth_name(depth)), device_name(&common.device));
                 add(record(what, (prompt, 0), &samples, bandwidth))?;
             }
         }

@@ -38,6 +38,12 @@ fn short(number: f64) -> String {
     format!("{number:.*}", digits.clamp(0, 6) as usize)
 }
 
+/// How long each repetition took, and the kernels that one launched.
+pub(crate) struct Samples {
+    pub(crate) seconds: Vec<f64>,
+    pub(crate) launches: u64,
+}
+
 /// Mean and standard deviation (of a sample: n − 1; none of one).
 pub(crate) fn mean_and_deviation(samples: &[f64]) -> (f64, Option<f64>) {
     let n = samples.len() as f64;

@@ -223,13 +223,15 @@ impl Stream {
             match received {
                 Ok(Ok(step)) => {
                     *self.place() = Some(steps);
+                    // Nobody else looks while `finish` reads on and on.
+                    py.check_signals()?;
                     return Ok(Some(Step::from(step)));
                 }
                 Ok(Err(error)) => return Err(crate::error(error)),
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
                 Err(RecvTimeoutError::Timeout) => {
-                    py.check_signals()?;
                     *self.place() = Some(steps);
+                    py.check_signals()?;
                 }
             }
         }

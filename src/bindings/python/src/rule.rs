@@ -1,7 +1,7 @@
 //! From keyword arguments to a rule.
 
 use engine::FusionRule;
-use engine::fusion::{AlphaGrid, DynamicRule, Objective, SearchMode};
+use engine::fusion::{AlphaGrid, DynamicRule, Objective, PerExpert, SearchMode};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -20,9 +20,6 @@ pub(crate) struct Options {
 impl Options {
     /// The rule, which an ensemble has yet to check.
     pub(crate) fn rule(&self) -> PyResult<FusionRule> {
-        let wrong = |what: &str, expected: &str, found: &str| {
-            Err(PyValueError::new_err(format!("{what}: expected {expected}, found {found:?}")))
-        };
         if self.alpha.is_some() != (self.method == "static") {
             return wrong("alpha", "a value for method=\"static\", and none for others", &self.method);
         }
@@ -30,7 +27,7 @@ impl Options {
             "large" => FusionRule::Large,
             "small" => FusionRule::Small,
             "expert" => FusionRule::Expert(0),
-            "static" => FusionRule::Static(self.alpha.iter().flatten().copied().take(8).collect()),
+            "static" => FusionRule::Static(self.per_expert()?),
             "dynamic" => FusionRule::Dynamic(self.dynamic()?),
             other => match other.strip_prefix("expert:").and_then(|t| t.parse().ok()) {
                 Some(t) => FusionRule::Expert(t),
@@ -39,10 +36,12 @@ impl Options {
         })
     }
 
+    fn per_expert(&self) -> PyResult<PerExpert<f64>> {
+        let alpha = self.alpha.as_deref().unwrap_or_default();
+        PerExpert::try_from(alpha).or_else(|_| wrong("alpha", "at most 8 values", &alpha.len().to_string()))
+    }
+
     fn dynamic(&self) -> PyResult<DynamicRule> {
-        let wrong = |what: &str, expected: &str, found: &str| {
-            Err(PyValueError::new_err(format!("{what}: expected {expected}, found {found:?}")))
-        };
         let mut rule = DynamicRule { every: self.every, ..DynamicRule::default() };
         if let Some((start, stop, step)) = self.grid {
             let grid = AlphaGrid::new(start, stop, step, false).map_err(crate::error)?;
@@ -61,4 +60,8 @@ impl Options {
         };
         Ok(rule)
     }
+}
+
+fn wrong<T>(what: &str, expected: &str, found: &str) -> PyResult<T> {
+    Err(PyValueError::new_err(format!("{what}: expected {expected}, found {found:?}")))
 }
