@@ -53,6 +53,19 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// Whether a bias or a penalty changes the logits.
+    pub(crate) fn changes_logits(&self) -> bool {
+        !self.logit_bias.is_empty()
+            || self.repetition_penalty != 1.0
+            || self.presence_penalty != 0.0
+            || self.frequency_penalty != 0.0
+    }
+
+    /// Whether some tokens are never drawn: top-k, top-p or min-p.
+    pub(crate) fn truncates(&self) -> bool {
+        self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0
+    }
+
     /// Checks every range.
     ///
     /// # Errors

@@ -46,7 +46,7 @@ impl Sampler {
         }
         let scale = 1.0 / f64::from(params.temperature);
         let draw = Draw { logits, scale, max: f64::from(max), params, step };
-        if params.top_k == 0 && params.top_p >= 1.0 && params.min_p == 0.0 {
+        if !params.truncates() {
             return draw.token(0..logits.len() as u32);
         }
         self.kept.clear();

@@ -2,10 +2,10 @@
 
 use std::sync::MutexGuard;
 
-use super::models::{BLOCK, Models, NotFinite};
-use super::slice::maximum;
+use super::fused::FusedRow;
+use super::models::{Models, NotFinite};
 use super::sums::{Ladder, Sums, Tilt};
-use crate::backend::cpu::simd::{Element, Isa, Kernel, Simd, Vector};
+use crate::backend::cpu::simd::Isa;
 use crate::backend::{Choice, FuseRow};
 use crate::error::{Error, Result};
 use crate::fusion::cumulant::{Best, Divergences, choose, loss, one_hot};
@@ -176,7 +176,7 @@ impl RowState {
         self.decide(isa, row, &models, &sums, &targets, chosen).map(Some)
     }
 
-    /// Writes the fused logits, chooses the token, and fills in the story.
+    /// Chooses the token, and fills in the story.
     fn decide(
         &mut self,
         isa: Isa,
@@ -186,14 +186,17 @@ impl RowState {
         targets: &[Divergences],
         chosen: Chosen,
     ) -> Result<Decision> {
-        self.fused.resize(models.width(), 0.0);
-        let kernel = FusedRow { models, alpha: &chosen.alpha, masked: sums.masked, fused: &mut self.fused };
+        // Only the sampler reads the row.
+        let width = if is_sampled(&row.choice) { models.width() } else { 0 };
+        self.fused.resize(width, 0.0);
+        let kernel = FusedRow { models, alpha: &chosen.alpha, masked: sums.masked, row: &mut self.fused };
         let argmax_fused = isa.run(kernel);
         let token = match row.choice {
             Choice::Forced(id) if (id as usize) < models.width() => id,
             Choice::Forced(id) => {
                 return Err(Error::TokenOutOfRange { role: models.base.0, id, vocab_size: models.width() });
             }
+            Choice::Sample { .. } if width == 0 => argmax_fused,
             Choice::Sample { params, history, generated, banned } => {
                 let prompt = history.len().saturating_sub(generated);
                 let token = self.sampler.choose(&mut self.fused, params, history, prompt, banned, row.step);
@@ -244,6 +247,16 @@ impl RowState {
     }
 }
 
+/// Whether the token isn't just forced, or the argmax of the fused logits.
+fn is_sampled(choice: &Choice<'_>) -> bool {
+    match choice {
+        Choice::Forced(_) => false,
+        Choice::Sample { params, banned, .. } => {
+            params.temperature != 0.0 || params.changes_logits() || !banned.is_empty()
+        }
+    }
+}
+
 /// The candidates of an expert under the dynamic rule.
 fn grid(rule: &FusionRule, expert: usize) -> &[f64] {
     match rule {
@@ -291,90 +304,4 @@ fn zoomed(rule: &FusionRule, sums: &Sums, targets: &[Divergences], ladder: Ladde
     let best = choose(objective, &sums.directions, |_| &alpha, targets)?;
     let direction = sums.directions.first()?;
     Some(refine::interpolate(objective, direction, &alpha, targets, best.candidate)?.0)
-}
-
-/// Writes L + Σ α_t (E_t − S) in f32, −∞ where a model excludes the token, and returns the argmax.
-struct FusedRow<'a> {
-    models: &'a Models<'a>,
-    alpha: &'a [f64],
-    masked: bool,
-    fused: &'a mut [f32],
-}
-
-impl Kernel for FusedRow<'_> {
-    type Output = u32;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) -> u32 {
-        let Self { models, alpha, masked, fused } = self;
-        let mut from = Some(models.base.1);
-        for (expert, &alpha) in models.experts.iter().zip(alpha).filter(|&(_, &alpha)| alpha != 0.0) {
-            add_difference(simd, from.take(), fused, alpha as f32, expert, models.small);
-        }
-        if let Some(base) = from {
-            fused.copy_from_slice(base);
-        }
-        if masked {
-            for (token, x) in fused.iter_mut().enumerate() {
-                if models.excludes(token) {
-                    *x = f32::NEG_INFINITY;
-                }
-            }
-        }
-        argmax(simd, fused)
-    }
-}
-
-/// The lowest index of the largest value.
-#[inline(always)]
-fn argmax<S: Simd>(simd: S, x: &[f32]) -> u32 {
-    let mut best = (f32::NEG_INFINITY, 0);
-    for (block, values) in x.chunks(BLOCK).enumerate() {
-        let (vectors, rest) = values.as_chunks();
-        let top = rest.iter().copied().fold(maximum(simd, vectors).0, f32::max);
-        if top > best.0 {
-            best = (top, block * BLOCK);
-        }
-    }
-    let (top, start) = best;
-    (start + x[start..].iter().position(|&x| x == top).unwrap_or(0)) as u32
-}
-
-/// fused ← from + α·(E − S), where `from` is `fused` itself if not given; the product and the sum are rounded
-/// once where the CPU has such an instruction.
-#[inline(always)]
-fn add_difference<S: Simd>(
-    simd: S,
-    from: Option<&[f32]>,
-    fused: &mut [f32],
-    alpha: f32,
-    expert: &[f32],
-    small: &[f32],
-) {
-    let alpha = simd.splat(alpha);
-    let sum = |from, expert, small| simd.fma(alpha, simd.sub(expert, small), from);
-    let sums = |from: &Vector, (expert, small): (&Vector, &Vector)| {
-        sum(simd.load(from), simd.load(expert), simd.load(small))
-    };
-    let ((experts, expert_tail), (smalls, small_tail)) = (expert.as_chunks(), small.as_chunks());
-    let (vectors, tail) = fused.as_chunks_mut();
-    let models = experts.iter().zip(smalls);
-    let from_tail = match from.map(|from| from.as_chunks()) {
-        Some((from, from_tail)) => {
-            for ((fused, from), models) in vectors.iter_mut().zip(from).zip(models) {
-                simd.store(fused, sums(from, models));
-            }
-            from_tail
-        }
-        None => {
-            for (fused, models) in vectors.iter_mut().zip(models) {
-                simd.store(fused, sums(fused, models));
-            }
-            &*tail
-        }
-    };
-    let [from_tail, expert_tail, small_tail] =
-        [from_tail, expert_tail, small_tail].map(|tail| f32::load_padded(simd, tail));
-    let last = simd.lanes(sum(from_tail, expert_tail, small_tail));
-    tail.copy_from_slice(&last[..tail.len()]);
 }

@@ -103,14 +103,7 @@ pub(crate) fn is_on_device(row: &FuseRow<'_>) -> bool {
     let chooses = match row.choice {
         Choice::Forced(_) => true,
         Choice::Sample { params, banned, .. } => {
-            banned.is_empty()
-                && params.logit_bias.is_empty()
-                && params.top_k == 0
-                && params.top_p >= 1.0
-                && params.min_p == 0.0
-                && params.repetition_penalty == 1.0
-                && params.presence_penalty == 0.0
-                && params.frequency_penalty == 0.0
+            banned.is_empty() && !params.changes_logits() && !params.truncates()
         }
     };
     searches && chooses
