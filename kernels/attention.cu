@@ -1,30 +1,9 @@
 // Attention of a decoding step: one query row for each sequence, over the paged cache, split along the positions.
-#include "common.cuh"
+#include "attention.cuh"
 
 // Positions of a split. Fixed, so that a row's result doesn't depend on the others.
 constexpr u32 SPLIT = 256;
 constexpr u32 WARPS = 4;
-
-struct AttentionArgs {
-    const float* queries;     // (rows, query_stride) f32, rotated
-    const float* cache;       // this layer of model 0: (blocks, 2, kv_heads, 16, head_dim)
-    float* partial;           // (rows, heads, splits, head_dim): Σ exp(s − m) v
-    float* state;             // (rows, heads, splits, 2): m = max s, l = Σ exp(s − m)
-    float* attended;          // (rows, query_stride) f32
-    const u32* position;      // (rows,)
-    const u32* table;         // (rows,)
-    const u32* model;         // (rows,)
-    const u32* block_tables;  // (tables, table_stride)
-    u64 model_stride;         // bytes from one model's cache to the next
-    u32 query_stride;
-    u32 table_stride;
-    u32 heads;
-    u32 kv_heads;
-    u32 head_dim;
-    u32 splits;               // of the launch: at least position / 256 + 1 of every row
-    u32 lanes;                // that share a position: a power of two, lanes · 8 ≥ head_dim
-    float scale;              // 1 / √head_dim
-};
 
 // Softmax over some positions: the largest score, Σ exp(s − m), and a lane's part of Σ exp(s − m) v.
 struct State {
@@ -71,7 +50,7 @@ __device__ void load8(const float* from, u32 d, u32 head_dim, bool exists, float
 template <u32 G>
 __device__ void attention(const AttentionArgs& args) {
     extern __shared__ float memory[];
-    const u32 row = blockIdx.z, split = blockIdx.y;
+    const u32 row = args.alone[blockIdx.z], split = blockIdx.y;
     const u32 length = args.position[row] + 1;
     const u32 first = split * SPLIT, last = min(length, first + SPLIT);
     if (first >= last) return;
@@ -149,7 +128,7 @@ __device__ void attention(const AttentionArgs& args) {
             sum = fmaf(weight, sums[(w * G + g) * args.head_dim + i], sum);
             total = fmaf(weight, scalars[2 * (w * G + g) + 1], total);
         }
-        const u64 at = (u64(row) * args.heads + head + g) * args.splits + split;
+        const u64 at = (u64(blockIdx.z) * args.heads + head + g) * args.splits + split;
         args.partial[at * args.head_dim + i] = sum;
         if (i == 0) {
             args.state[2 * at] = top;
@@ -163,9 +142,9 @@ __device__ void attention(const AttentionArgs& args) {
 // grid   (heads, rows) × 128 threads
 // bytes  what the splits of a row wrote: heads · splits · (head_dim + 2) f32; bound by latency
 extern "C" __global__ void attention_merge(const AttentionArgs args) {
-    const u32 head = blockIdx.x, row = blockIdx.y;
+    const u32 head = blockIdx.x, row = args.alone[blockIdx.y];
     const u32 splits = args.position[row] / SPLIT + 1;
-    const u64 first = (u64(row) * args.heads + head) * args.splits;
+    const u64 first = (u64(blockIdx.y) * args.heads + head) * args.splits;
     float top = -INFINITE;
     for (u32 s = 0; s < splits; s++) top = fmaxf(top, args.state[2 * (first + s)]);
     float total = 0;

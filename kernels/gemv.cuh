@@ -11,36 +11,12 @@
 // 1/√(mean x² + ε) multiplies the result.
 #pragma once
 
-#include "common.cuh"
+#include "product.cuh"
 
 constexpr u32 GEMV_WARPS = 8;
-constexpr u32 GEMV_ROWS = 4;         // outputs of a warp
 constexpr u32 PANEL = 256;           // columns that a warp reads at once
 constexpr u32 PLANE = 144;           // where the second half of a staged panel begins: 128 and a shift of 16 banks
 constexpr u32 STAGED = PLANE + 128;  // numbers of a staged panel
-constexpr u32 NO_ADAPTER = 0xffffffffu;
-
-struct Product {
-    const float* x;            // (rows, stride) f32
-    const void* weights;       // (n, stride) of set 0
-    const float* bias;         // (n,) of set 0, or null
-    const float* norm;         // (cols,) of set 0, with zeros up to stride, or null: no RMSNorm
-    const u32* set_first;      // (sets + 1,): rows of set z are set_first[z] .. set_first[z + 1]
-    const u32* rows;           // (rows,): which rows of x, or null: all of them
-    const float* lora_b;       // (n, rank) of adapter 0, scaled, or null: no adapters
-    const float* lora_t;       // (rows, segments · rank): A x of each row's adapter
-    const u32* adapter;        // (rows,): the adapter of each row, NO_ADAPTER for none
-    u64 set_stride;            // bytes from one set to the next: weights, bias, norm
-    u64 lora_stride;           // bytes from one adapter to the next
-    u32 n;                     // outputs
-    u32 cols;                  // columns: the true number
-    u32 stride;                // columns rounded up to 8; the padding is zero in x and W
-    u32 skip;                  // rows of each set that an earlier launch has done
-    u32 chunk;                 // panels that fit shared memory at once
-    u32 rank;                  // of the adapters, rounded up to 8
-    u32 segments;              // projections that W stacks: lora_t has one part for each
-    float eps;                 // rms_norm_eps
-};
 
 // One lane's sixteen or thirty-two bytes of a weight row's panel.
 template <typename T>
@@ -82,17 +58,6 @@ struct Shared {
         : staged(memory), squares(memory + M * chunk * STAGED), scale(squares + M * panels), sums(scale + M) {}
 };
 
-// The rows of x that a launch computes for one set.
-struct Span {
-    u32 first;
-    u32 count;
-    __device__ Span(const Product& p, u32 set, u32 most) {
-        first = p.set_first[set] + p.skip;
-        const u32 end = p.set_first[set + 1];
-        count = first < end ? min(end - first, most) : 0;
-    }
-};
-
 // Stages the panels first .. first + count of all rows, and sums the squares of each.
 template <typename T, u32 M>
 __device__ void stage(const Product& p, const float* norm, Span span, Shared<M> shared, u32 first, u32 count, u32 panels) {
@@ -101,7 +66,7 @@ __device__ void stage(const Product& p, const float* norm, Span span, Shared<M> 
         const u32 m = task / count, panel = task % count;
         const bool exists = m < span.count;
         const u32 row = !exists ? 0 : p.rows ? p.rows[span.first + m] : span.first + m;
-        const float* x = p.x + u64(row) * p.stride;
+        const float* x = static_cast<const float*>(p.x) + u64(row) * p.stride;
         float* to = shared.staged + (m * p.chunk + panel) * STAGED;
         float squares = 0;
 #pragma unroll
@@ -126,111 +91,116 @@ __device__ void stage(const Product& p, const float* norm, Span span, Shared<M> 
     }
 }
 
-// Calls finish(unit, index, row, y) in every lane, for each warp's unit and each row, with the four outputs y.
-//
-// `row_of(unit, r)` is the weight row of output r of a unit; past the end it may be any row that exists, and finish
-// drops it. `segment(row)` is the part of lora_t that belongs to a weight row.
-template <typename T, u32 M, typename RowOf, typename Segment, typename Finish>
-__device__ void gemv(const Product& p, u32 units, RowOf row_of, Segment segment, Finish finish) {
-    extern __shared__ float4 memory[];
-    const u32 set = blockIdx.z, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const Span span(p, set, M);
-    if (span.count == 0) return;
-    const u32 panels = (p.stride + PANEL - 1) / PANEL;
-    const Shared<M> shared(reinterpret_cast<float*>(memory), p.chunk, panels);
-    const T* weights = advance(static_cast<const T*>(p.weights), set * p.set_stride);
-    const float* norm = p.norm ? advance(p.norm, set * p.set_stride) : nullptr;
-    const float* bias = p.bias ? advance(p.bias, set * p.set_stride) : nullptr;
-    const u32 tiles = (units + GEMV_WARPS - 1) / GEMV_WARPS;
-    constexpr u32 AHEAD = M <= 4 ? 2 : 1;  // panels in flight
-    bool staged = false;
+// The product for up to M rows of each set.
+template <typename T, u32 M>
+struct Gemv {
+    // Calls finish(unit, part, index, row, y) for each unit, part of a unit and row, with the four outputs y; `PARTS`
+    // lanes of the unit's warp take a part each.
+    //
+    // `row_of(unit, r)` is the weight row of output r of a unit; past the end it may be any row that exists, and finish
+    // drops it. `segment(row)` is the part of lora_t that belongs to a weight row.
+    template <u32 PARTS, typename RowOf, typename Segment, typename Finish>
+    static __device__ void run(const Product& p, u32 units, RowOf row_of, Segment segment, Finish finish) {
+        extern __shared__ float4 memory[];
+        const u32 set = blockIdx.z, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+        const Span span(p, set, p.skip, M);
+        if (span.count == 0) return;
+        const u32 panels = (p.stride + PANEL - 1) / PANEL;
+        const Shared<M> shared(reinterpret_cast<float*>(memory), p.chunk, panels);
+        const T* weights = advance(static_cast<const T*>(p.weights), set * p.set_stride);
+        const float* norm = p.norm ? advance(p.norm, set * p.set_stride) : nullptr;
+        const float* bias = p.bias ? advance(p.bias, set * p.set_stride) : nullptr;
+        const u32 tiles = (units + GEMV_WARPS - 1) / GEMV_WARPS;
+        constexpr u32 AHEAD = M <= 4 ? 2 : 1;  // panels in flight
+        bool staged = false;
 
-    for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const u32 unit = tile * GEMV_WARPS + warp;
-        const T* row[GEMV_ROWS];
+        for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+            const u32 unit = tile * GEMV_WARPS + warp;
+            const T* row[UNIT];
 #pragma unroll
-        for (u32 r = 0; r < GEMV_ROWS; r++) row[r] = weights + u64(row_of(unit, r)) * p.stride;
-        float sums[GEMV_ROWS][M] = {};
+            for (u32 r = 0; r < UNIT; r++) row[r] = weights + u64(row_of(unit, r)) * p.stride;
+            float sums[UNIT][M] = {};
 
-        for (u32 first = 0; first < panels; first += p.chunk) {
-            const u32 count = min(p.chunk, panels - first);
-            // Where all panels fit at once they stay for all tiles.
-            if (!staged || panels > p.chunk) {
-                __syncthreads();
-                stage<T, M>(p, norm, span, shared, first, count, panels);
-                __syncthreads();
-                staged = true;
-            }
-            for (u32 panel = 0; panel < count; panel += AHEAD) {
-                Piece<T> pieces[AHEAD][GEMV_ROWS];
-#pragma unroll
-                for (u32 a = 0; a < AHEAD; a++) {
-                    if (panel + a < count) {
-#pragma unroll
-                        for (u32 r = 0; r < GEMV_ROWS; r++) pieces[a][r].load(row[r], first + panel + a, lane, p.stride);
-                    }
+            for (u32 first = 0; first < panels; first += p.chunk) {
+                const u32 count = min(p.chunk, panels - first);
+                // Where all panels fit at once they stay for all tiles.
+                if (!staged || panels > p.chunk) {
+                    __syncthreads();
+                    stage<T, M>(p, norm, span, shared, first, count, panels);
+                    __syncthreads();
+                    staged = true;
                 }
+                for (u32 panel = 0; panel < count; panel += AHEAD) {
+                    Piece<T> pieces[AHEAD][UNIT];
 #pragma unroll
-                for (u32 a = 0; a < AHEAD; a++) {
-                    if (panel + a < count) {
-                        float w[GEMV_ROWS][8];
+                    for (u32 a = 0; a < AHEAD; a++) {
+                        if (panel + a < count) {
 #pragma unroll
-                        for (u32 r = 0; r < GEMV_ROWS; r++) pieces[a][r].get(w[r]);
+                            for (u32 r = 0; r < UNIT; r++) pieces[a][r].load(row[r], first + panel + a, lane, p.stride);
+                        }
+                    }
 #pragma unroll
-                        for (u32 m = 0; m < M; m++) {
-                            const float* from = shared.staged + (m * p.chunk + panel + a) * STAGED + 4 * lane;
-                            const float4 low = *reinterpret_cast<const float4*>(from);
-                            const float4 high = *reinterpret_cast<const float4*>(from + PLANE);
-                            const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+                    for (u32 a = 0; a < AHEAD; a++) {
+                        if (panel + a < count) {
+                            float w[UNIT][8];
 #pragma unroll
-                            for (u32 r = 0; r < GEMV_ROWS; r++) {
+                            for (u32 r = 0; r < UNIT; r++) pieces[a][r].get(w[r]);
 #pragma unroll
-                                for (u32 i = 0; i < 8; i++) sums[r][m] = fmaf(w[r][i], x[i], sums[r][m]);
+                            for (u32 m = 0; m < M; m++) {
+                                const float* from = shared.staged + (m * p.chunk + panel + a) * STAGED + 4 * lane;
+                                const float4 low = *reinterpret_cast<const float4*>(from);
+                                const float4 high = *reinterpret_cast<const float4*>(from + PLANE);
+                                const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+                                for (u32 r = 0; r < UNIT; r++) {
+#pragma unroll
+                                    for (u32 i = 0; i < 8; i++) sums[r][m] = fmaf(w[r][i], x[i], sums[r][m]);
+                                }
                             }
                         }
                     }
                 }
             }
-        }
 
-        if (norm && threadIdx.x < M) {
-            float total = 0;
-            for (u32 panel = 0; panel < panels; panel++) total += shared.squares[threadIdx.x * panels + panel];
-            shared.scale[threadIdx.x] = 1.0f / sqrtf(total / float(p.cols) + p.eps);
-        }
-        float* mine = shared.sums + warp * GEMV_ROWS * M;
-#pragma unroll
-        for (u32 r = 0; r < GEMV_ROWS; r++) {
-#pragma unroll
-            for (u32 m = 0; m < M; m++) {
-                const float sum = warp_sum(sums[r][m]);
-                if (lane == 0) mine[m * GEMV_ROWS + r] = sum;
+            if (norm && threadIdx.x < M) {
+                float total = 0;
+                for (u32 panel = 0; panel < panels; panel++) total += shared.squares[threadIdx.x * panels + panel];
+                shared.scale[threadIdx.x] = 1.0f / sqrtf(total / float(p.cols) + p.eps);
             }
-        }
-        __syncthreads();
-        // From here on the rows come one after another: unrolled, this part would be most of the code.
-#pragma unroll 1
-        for (u32 m = 0; m < span.count; m++) {
-            const u32 x_row = p.rows ? p.rows[span.first + m] : span.first + m;
-            const u32 adapter = p.lora_b ? p.adapter[x_row] : NO_ADAPTER;
-            float y[GEMV_ROWS];
+            float* mine = shared.sums + warp * UNIT * M;
 #pragma unroll
-            for (u32 r = 0; r < GEMV_ROWS; r++) {
-                const u32 n = row_of(unit, r);
-                y[r] = mine[m * GEMV_ROWS + r];
-                if (norm) y[r] *= shared.scale[m];
-                if (adapter != NO_ADAPTER) {
-                    const float* b = advance(p.lora_b, adapter * p.lora_stride) + u64(n) * p.rank;
-                    const float* t = p.lora_t + (u64(x_row) * p.segments + segment(n)) * p.rank;
-                    float delta = 0;
-                    for (u32 j = lane; j < p.rank; j += WARP) delta = fmaf(b[j], t[j], delta);
-                    y[r] += warp_sum(delta);
+            for (u32 r = 0; r < UNIT; r++) {
+#pragma unroll
+                for (u32 m = 0; m < M; m++) {
+                    const float sum = warp_sum(sums[r][m]);
+                    if (lane == 0) mine[m * UNIT + r] = sum;
                 }
-                if (bias) y[r] += bias[n];
             }
-            finish(unit, span.first + m, x_row, y);
+            __syncthreads();
+            // From here on the rows come one after another: unrolled, this part would be most of the code.
+#pragma unroll 1
+            for (u32 m = 0; m < span.count; m++) {
+                const u32 x_row = p.rows ? p.rows[span.first + m] : span.first + m;
+                const u32 adapter = p.lora_b ? p.adapter[x_row] : NO_ADAPTER;
+                float y[UNIT];
+#pragma unroll
+                for (u32 r = 0; r < UNIT; r++) {
+                    const u32 n = row_of(unit, r);
+                    y[r] = mine[m * UNIT + r];
+                    if (norm) y[r] *= shared.scale[m];
+                    if (adapter != NO_ADAPTER) {
+                        const float* b = advance(p.lora_b, adapter * p.lora_stride) + u64(n) * p.rank;
+                        const float* t = p.lora_t + (u64(x_row) * p.segments + segment(n)) * p.rank;
+                        float delta = 0;
+                        for (u32 j = lane; j < p.rank; j += WARP) delta = fmaf(b[j], t[j], delta);
+                        y[r] += warp_sum(delta);
+                    }
+                    if (bias) y[r] += bias[n];
+                }
+                if (lane < PARTS) finish(unit, lane, span.first + m, x_row, y);
+            }
+            // The next tile writes sums and scales again.
+            __syncthreads();
         }
-        // The next tile writes sums and scales again.
-        __syncthreads();
     }
-}
+};

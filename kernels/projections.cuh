@@ -1,4 +1,5 @@
-// The projections of a decoding step, for up to M = 16 rows a set (gemv.cuh has the common part).
+// The projections. `Multiply` is how they are computed: Gemv<T, M> in a decoding step, for up to M = 16 rows a set, of
+// which the rest here speaks; Gemm<T> for many rows (gemm_projections.cuh).
 //
 // grid   (min(tiles, what the GPU runs at once), 1, sets) × 256 threads; a tile is 8 warps of 4 outputs
 // bytes  every weight once for all rows: n · cols · size of T; x comes from the L2 cache, once a block
@@ -30,8 +31,8 @@ struct QkvArgs {
 // y = rms_norm(x) Wᵀ + b; queries and keys are rotated: (a, b) → (a cos − b sin, b cos + a sin) for the pair
 // (i, i + head_dim / 2) of a head at its position; keys and values go to the cache.
 //
-// A unit is two such pairs, so that one warp has both halves of what it rotates.
-template <typename T, u32 M>
+// A unit is two such pairs, so that one has both halves of what it rotates.
+template <typename Multiply>
 __device__ void qkv(const QkvArgs& args) {
     const u32 half = args.head_dim / 2;
     const u32 pairs = (args.heads + 2 * args.kv_heads) * half;
@@ -41,12 +42,11 @@ __device__ void qkv(const QkvArgs& args) {
     };
     const u32 keys = args.heads * args.head_dim, values = keys + args.kv_heads * args.head_dim;
     const auto segment = [=](u32 n) { return n < keys ? 0u : n < values ? 1u : 2u; };
-    const u32 lane = threadIdx.x % WARP;
-    gemv<T, M>(args.product, (pairs + 1) / 2, row_of, segment, [&](u32 unit, u32, u32 row, const float(&y)[GEMV_ROWS]) {
-        const u32 pair = 2 * unit + lane;
-        if (lane >= 2 || pair >= pairs) return;
+    const auto finish = [&](u32 unit, u32 part, u32, u32 row, const float(&y)[UNIT]) {
+        const u32 pair = 2 * unit + part;
+        if (pair >= pairs) return;
         const u32 head = pair / half, i = pair % half, position = args.position[row];
-        float a = lane ? y[1] : y[0], b = lane ? y[3] : y[2];
+        float a = part ? y[1] : y[0], b = part ? y[3] : y[2];
         if (head < args.heads + args.kv_heads) {
             const u64 angle = u64(position) * half + i;
             const float c = args.cos[angle], s = args.sin[angle], x = a;
@@ -65,7 +65,8 @@ __device__ void qkv(const QkvArgs& args) {
         const u64 at = ((u64(block) * 2 + is_value) * args.kv_heads + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE;
         cache[at * args.head_dim + i] = a;
         cache[at * args.head_dim + i + half] = b;
-    });
+    };
+    Multiply::template run<2>(args.product, (pairs + 1) / 2, row_of, segment, finish);
 }
 
 struct ResidualArgs {
@@ -75,16 +76,17 @@ struct ResidualArgs {
 };
 
 // hidden[row, n] += (x Wᵀ + b)[row, n]
-template <typename T, u32 M>
-__device__ void gemv_residual(const ResidualArgs& args) {
-    const u32 n = args.product.n, lane = threadIdx.x % WARP;
-    const auto row_of = [=](u32 unit, u32 r) { return min(unit * GEMV_ROWS + r, n - 1); };
+template <typename Multiply>
+__device__ void residual(const ResidualArgs& args) {
+    const u32 n = args.product.n;
+    const auto row_of = [=](u32 unit, u32 r) { return min(unit * UNIT + r, n - 1); };
     const auto one = [](u32) { return 0u; };
-    gemv<T, M>(args.product, (n + 3) / 4, row_of, one, [&](u32 unit, u32, u32 row, const float(&y)[GEMV_ROWS]) {
-        const u32 at = unit * GEMV_ROWS + lane;
-        const float mine = lane == 0 ? y[0] : lane == 1 ? y[1] : lane == 2 ? y[2] : y[3];
-        if (lane < GEMV_ROWS && at < n) args.hidden[u64(row) * args.hidden_stride + at] += mine;
-    });
+    const auto finish = [&](u32 unit, u32 part, u32, u32 row, const float(&y)[UNIT]) {
+        const u32 at = unit * UNIT + part;
+        const float mine = part == 0 ? y[0] : part == 1 ? y[1] : part == 2 ? y[2] : y[3];
+        if (at < n) args.hidden[u64(row) * args.hidden_stride + at] += mine;
+    };
+    Multiply::template run<UNIT>(args.product, (n + 3) / 4, row_of, one, finish);
 }
 
 struct GateUpArgs {
@@ -95,16 +97,17 @@ struct GateUpArgs {
 
 // activated[row, i] = silu(g) · u with g, u = rows i and i + intermediate_size of rms_norm(x) Wᵀ + b,
 // silu(g) = g / (1 + exp(−g))
-template <typename T, u32 M>
+template <typename Multiply>
 __device__ void gate_up(const GateUpArgs& args) {
-    const u32 size = args.product.n / 2, lane = threadIdx.x % WARP;
+    const u32 size = args.product.n / 2;
     const auto row_of = [=](u32 unit, u32 r) { return min(2 * unit + r % 2, size - 1) + (r / 2) * size; };
     const auto segment = [=](u32 n) { return n < size ? 0u : 1u; };
-    gemv<T, M>(args.product, (size + 1) / 2, row_of, segment, [&](u32 unit, u32, u32 row, const float(&y)[GEMV_ROWS]) {
-        const u32 at = 2 * unit + lane;
-        const float gate = lane ? y[1] : y[0], up = lane ? y[3] : y[2];
-        if (lane < 2 && at < size) args.activated[u64(row) * args.activated_stride + at] = gate / (1.0f + __expf(-gate)) * up;
-    });
+    const auto finish = [&](u32 unit, u32 part, u32, u32 row, const float(&y)[UNIT]) {
+        const u32 at = 2 * unit + part;
+        const float gate = part ? y[1] : y[0], up = part ? y[3] : y[2];
+        if (at < size) args.activated[u64(row) * args.activated_stride + at] = gate / (1.0f + __expf(-gate)) * up;
+    };
+    Multiply::template run<2>(args.product, (size + 1) / 2, row_of, segment, finish);
 }
 
 struct LmHeadArgs {
@@ -115,34 +118,35 @@ struct LmHeadArgs {
 };
 
 // logits[slot[i], n] = (rms_norm(x[rows[i]]) Wᵀ)[n]
-template <typename T, u32 M>
+template <typename Multiply>
 __device__ void lm_head(const LmHeadArgs& args) {
-    const u32 n = args.product.n, lane = threadIdx.x % WARP;
-    const auto row_of = [=](u32 unit, u32 r) { return min(unit * GEMV_ROWS + r, n - 1); };
+    const u32 n = args.product.n;
+    const auto row_of = [=](u32 unit, u32 r) { return min(unit * UNIT + r, n - 1); };
     const auto one = [](u32) { return 0u; };
-    gemv<T, M>(args.product, (n + 3) / 4, row_of, one, [&](u32 unit, u32 index, u32, const float(&y)[GEMV_ROWS]) {
-        const u32 at = unit * GEMV_ROWS + lane;
-        const float mine = lane == 0 ? y[0] : lane == 1 ? y[1] : lane == 2 ? y[2] : y[3];
-        if (lane < GEMV_ROWS && at < n) args.logits[u64(args.slot[index]) * args.vocab_stride + at] = mine;
-    });
+    const auto finish = [&](u32 unit, u32 part, u32 index, u32, const float(&y)[UNIT]) {
+        const u32 at = unit * UNIT + part;
+        const float mine = part == 0 ? y[0] : part == 1 ? y[1] : part == 2 ? y[2] : y[3];
+        if (at < n) args.logits[u64(args.slot[index]) * args.vocab_stride + at] = mine;
+    };
+    Multiply::template run<UNIT>(args.product, (n + 3) / 4, row_of, one, finish);
 }
 
 // The kernels of one dtype: an image each, so that a program loads only what its models need.
-#define PROJECTIONS_OF(T, name, M)                                                                         \
+#define PROJECTIONS_OF(T, name, M)                                                                             \
     extern "C" __global__ __launch_bounds__(256, M < 16 ? 2 : 1) void qkv_##name##_##M(const QkvArgs args) {   \
-        qkv<T, M>(args);                                                                                       \
+        qkv<Gemv<T, M>>(args);                                                                                 \
     }                                                                                                          \
     extern "C" __global__                                                                                      \
-    __launch_bounds__(256, M < 16 ? 2 : 1) void gemv_residual_##name##_##M(const ResidualArgs args) {          \
-        gemv_residual<T, M>(args);                                                                             \
+    __launch_bounds__(256, M < 16 ? 2 : 1) void residual_##name##_##M(const ResidualArgs args) {               \
+        residual<Gemv<T, M>>(args);                                                                            \
     }                                                                                                          \
     extern "C" __global__                                                                                      \
     __launch_bounds__(256, M < 16 ? 2 : 1) void gate_up_##name##_##M(const GateUpArgs args) {                  \
-        gate_up<T, M>(args);                                                                                   \
+        gate_up<Gemv<T, M>>(args);                                                                             \
     }                                                                                                          \
     extern "C" __global__                                                                                      \
     __launch_bounds__(256, M < 16 ? 2 : 1) void lm_head_##name##_##M(const LmHeadArgs args) {                  \
-        lm_head<T, M>(args);                                                                                   \
+        lm_head<Gemv<T, M>>(args);                                                                             \
     }
 
 #define PROJECTIONS(T, name) \

@@ -47,6 +47,23 @@ fn step(roles: &[Role], sequences: usize, shape: Shape) -> Vec<Launch> {
     gpu.launches()
 }
 
+/// What a prompt of `length` tokens launched.
+fn prompt(length: usize, shape: Shape) -> Vec<Launch> {
+    let ensemble = Arc::new(Ensemble::from_models(vec![model(Role::Large, shape, Dtype::Bf16, 1)]).unwrap());
+    let gpu: Gpu = Driver::load().unwrap().device("h100").unwrap();
+    let blocks = length.div_ceil(16);
+    let limits = Limits { rows: length, slots: 1, blocks };
+    let options = CudaOptions { ordinal: gpu.ordinal(), small_ordinal: gpu.ordinal(), limits, graphs: false };
+    let mut backend = CudaBackend::new(ensemble, options, &mut |_| {}).unwrap();
+    let tables = [BlockTable { blocks: (0..blocks as u32).collect() }];
+    let row = |position| Row { model: 0, table: 0, position, token: 7, slot: None };
+    let rows: Vec<Row> = (0..length).map(row).collect();
+    gpu.clear();
+    backend.forward(&Batch { rows: &rows, tables: &tables }).unwrap();
+    assert_eq!(gpu.reports(), []);
+    gpu.launches()
+}
+
 /// The bytes of the projections of one model: what decoding a token must read.
 fn projections(shape: Shape) -> u64 {
     let Shape { hidden, intermediate, heads, kv_heads, head_dim, vocab, .. } = shape;
@@ -72,7 +89,7 @@ fn staged(launch: &Launch, shape: Shape, rows: usize) -> u64 {
 }
 
 fn is_projection(launch: &Launch) -> bool {
-    ["qkv", "gate_up", "gemv_residual", "lm_head"].iter().any(|name| launch.kernel.starts_with(name))
+    ["qkv", "gate_up", "residual", "lm_head"].iter().any(|name| launch.kernel.starts_with(name))
 }
 
 #[test]
@@ -113,6 +130,59 @@ fn shared_memory_has_no_conflicts_and_nothing_spills_to_local() {
         assert_eq!(c.local_requests, 0, "{}", launch.kernel);
         // The rows that are staged are read by all warps at once: any conflict would show here.
         assert!(c.shared_waves <= c.shared_ideal_waves + c.shared_ideal_waves / 50, "{}", launch.kernel);
+    }
+}
+
+#[test]
+fn many_rows_are_multiplied_by_tensor_cores() {
+    let shape = Shape { vocab: 1000, ..SMOL };
+    for launch in step(&[Role::Large], 64, shape).iter().filter(|launch| is_projection(launch)) {
+        let c = &launch.counters;
+        let Shape { hidden, intermediate, heads, kv_heads, head_dim, vocab, .. } = shape;
+        let (outputs, cols) = match launch.kernel.as_str() {
+            "qkv_wide_bf16" => ((heads + 2 * kv_heads) * head_dim, hidden),
+            "gate_up_wide_bf16" => (2 * intermediate, hidden),
+            "lm_head_wide_bf16" => (vocab, hidden),
+            // Both matrices of a layer that end in the residual stream: attention's is the narrower one.
+            "residual_wide_bf16" if c.tensor_multiply_adds < 1 << 26 => (hidden, heads * head_dim),
+            "residual_wide_bf16" => (hidden, intermediate),
+            other => panic!("{other}"),
+        };
+        let tile = (outputs.next_multiple_of(128) * 64) as u64;
+        // Both halves of every activation, and nothing twice.
+        assert_eq!(c.tensor_multiply_adds, 2 * tile * cols as u64, "{}", launch.kernel);
+        // Weights and both halves once a block of 128 outputs.
+        let copied = tile / 64 * cols as u64 * 2 + outputs.div_ceil(128) as u64 * 64 * cols as u64 * 4;
+        assert_eq!(c.async_copy_bytes, copied, "{}", launch.kernel);
+        println!(
+            "{}: {} of {} waves, {} tensor instructions of {}",
+            launch.kernel, c.shared_waves, c.shared_ideal_waves, c.tensor_instructions, c.warp_instructions
+        );
+        assert_eq!(c.local_requests, 0, "{}", launch.kernel);
+        assert!(c.shared_waves <= c.shared_ideal_waves + c.shared_ideal_waves / 50, "{}", launch.kernel);
+    }
+}
+
+#[test]
+fn attention_of_a_prompt_has_no_conflicts() {
+    for head_dim in [64, 128] {
+        let shape = Shape { head_dim, heads: 3, kv_heads: 1, vocab: 64, ..SMOL };
+        let launches = prompt(64, shape);
+        let launch = launches.iter().find(|launch| launch.kernel.starts_with("attention_wide")).unwrap();
+        let c = &launch.counters;
+        // Four warps of sixteen rows, each over the blocks of sixteen positions up to its own.
+        let (warps_and_blocks, columns) = (4 + 3 + 2 + 1, head_dim / 8);
+        // Scores and values: two times eight positions, and three products for one, for each eight columns.
+        let products = 3 * warps_and_blocks * (2 + 2) * columns;
+        assert_eq!(c.tensor_instructions, 3 * products as u64, "{head_dim}");
+        // Keys and values once for each head.
+        assert_eq!(c.async_copy_bytes, (3 * 2 * 64 * head_dim * 4) as u64, "{head_dim}");
+        assert_eq!(c.local_requests, 0, "{head_dim}");
+        assert_eq!(c.shared_waves, c.shared_ideal_waves, "{head_dim}");
+        println!(
+            "{head_dim}: {} waves, {} tensor instructions of {}",
+            c.shared_waves, c.tensor_instructions, c.warp_instructions
+        );
     }
 }
 

@@ -35,7 +35,7 @@ fn shipped() -> BTreeSet<String> {
 fn launched(models: Vec<LlamaModel>, prompts: &[usize]) -> BTreeSet<String> {
     let ensemble = Arc::new(Ensemble::from_models(models).unwrap());
     let gpu = Driver::load().unwrap().device("a100").unwrap();
-    let limits = Limits { rows: 32, slots: 16, blocks: 64 };
+    let limits = Limits { rows: 32, slots: 32, blocks: 64 };
     let options = CudaOptions { ordinal: gpu.ordinal(), small_ordinal: gpu.ordinal(), limits, graphs: true };
     let backend = CudaBackend::new(Arc::clone(&ensemble), options, &mut |_| {}).unwrap();
     let mut generator = Generator::new(Arc::clone(&ensemble), Box::new(backend));
@@ -58,9 +58,14 @@ fn all_that_ships_is_run() {
     // A large model alone: its rows choose the kernels of the projections, its heads those of attention.
     for (dtype, group) in [(Dtype::F32, 1), (Dtype::F16, 2), (Dtype::Bf16, 8)] {
         let shape = Shape { heads: 2 * group, ..EVEN };
-        for prompts in [&[12][..], &[3, 1], &[2, 1, 1, 1, 1, 1], &[1; 12]] {
+        for prompts in [&[12][..], &[3, 1], &[2, 1, 1, 1, 1, 1], &[1; 12], &[1; 20]] {
             run.extend(launched(vec![model(Role::Large, shape, dtype, 1)], prompts));
         }
+    }
+    // A prompt attends in tiles, in one of two sizes of heads.
+    for head_dim in [8, 72] {
+        let shape = Shape { head_dim, ..EVEN };
+        run.extend(launched(vec![model(Role::Large, shape, Dtype::F16, 1)], &[20]));
     }
     // Experts choose the kernel of fusion; one of them is an adapter.
     for experts in [1, 2, 5, 8] {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::device::Gpu;
-use super::kernels::SPLIT;
+use super::kernels::{MOST_ROWS, SPLIT, wide_module};
 use super::lora::rank_of;
 use super::memory::Buffer;
 use super::plan::{LISTS, MAX_GROUP, Members};
@@ -15,6 +15,7 @@ use crate::config::LlamaConfig;
 use crate::ensemble::Ensemble;
 use crate::error::Result;
 use crate::kv_cache::BLOCK_SIZE;
+use crate::weights::Dtype;
 
 /// The most rows that run together: longer batches run in turns, so that activations need little memory.
 const MOST_ROWS_OF_A_TURN: usize = 512;
@@ -34,11 +35,13 @@ pub(crate) struct Buffers {
     pub(crate) activated: Buffer<f32>,
     /// A x of up to three projections.
     pub(crate) low_rank: Buffer<f32>,
+    /// The widest input of a projection as tensor cores take it: see `split_rows` in gemm_projections.cuh.
+    pub(crate) split: Buffer<f32>,
     /// `(rows of a part, heads, splits, head_dim)`
     pub(crate) partial: Buffer<f32>,
     /// `(rows of a part, heads, splits, 2)`
     pub(crate) state: Buffer<f32>,
-    /// Nine lists of [`Group::room`] numbers: see [`Lists`].
+    /// Twelve lists of [`Group::room`] numbers: see [`Lists`].
     pub(crate) lists: Buffer<u32>,
     /// `(tables, table_stride)`
     pub(crate) tables: Buffer<u32>,
@@ -76,13 +79,18 @@ impl Extent {
 }
 
 /// Bytes of the cache, and of the activations with the tables of angles, of a group.
-pub(crate) fn memory_of(ensemble: &Ensemble, members: &Members, limits: Limits) -> (usize, usize) {
+pub(crate) fn memory_of(
+    ensemble: &Ensemble,
+    members: &Members,
+    limits: Limits,
+    dtype: Dtype,
+) -> (usize, usize) {
     let Some(&first) = members.models.first() else { return (0, 0) };
     let config = &ensemble.models()[first].config;
     let extent = Extent::of(ensemble, members, limits);
     let adapters = members.models.iter().filter_map(|&model| ensemble.models()[model].adapter.as_deref());
     let rank = rank_of(adapters);
-    let sizes = Sizes::new(config, (extent.capacity, extent.positions, extent.table_stride, rank));
+    let sizes = Sizes::new(config, dtype, (extent.capacity, extent.positions, extent.table_stride, rank));
     let angles = extent.positions * config.head_dim;
     let cache = extent.layer_bytes * config.num_hidden_layers * members.models.len();
     (cache, (sizes.total() + angles) * size_of::<f32>())
@@ -96,6 +104,7 @@ pub(crate) struct Sizes {
     attended: usize,
     activated: usize,
     low_rank: usize,
+    split: usize,
     partial: usize,
     state: usize,
     lists: usize,
@@ -105,6 +114,7 @@ pub(crate) struct Sizes {
 impl Sizes {
     pub(crate) fn new(
         config: &LlamaConfig,
+        dtype: Dtype,
         (rows, positions, table_stride, rank): (usize, usize, usize, usize),
     ) -> Self {
         let (heads, head_dim) = (config.num_attention_heads, config.head_dim);
@@ -113,12 +123,16 @@ impl Sizes {
         let parts = rows.min(rows_of_a_part(heads, splits, head_dim)) * heads * splits;
         let parts = parts.max(rows.min(rows_of_a_part(heads, 1, head_dim)) * heads);
         let most = (PARTIAL_BYTES / (head_dim * size_of::<f32>())).max(parts).min(rows * heads * splits);
+        let widest = config.hidden_size.max(heads * head_dim).max(config.intermediate_size);
+        let is_split = wide_module(dtype).is_some() && rows > MOST_ROWS;
         Self {
             hidden: rows * stride(config.hidden_size),
             queries: rows * stride(heads * head_dim),
             attended: rows * stride(heads * head_dim),
             activated: rows * stride(config.intermediate_size),
             low_rank: rows * 3 * rank,
+            // Two 16-bit numbers are one of 32, and sixteen bytes hold the factor.
+            split: if is_split { rows * (stride(widest) + 4) } else { 0 },
             partial: most * head_dim,
             state: most * 2,
             lists: LISTS * rows.max(MAX_GROUP + 1),
@@ -127,8 +141,9 @@ impl Sizes {
     }
 
     fn total(self) -> usize {
-        let Self { hidden, queries, attended, activated, low_rank, partial, state, lists, tables } = self;
-        hidden + queries + attended + activated + low_rank + partial + state + lists + tables
+        let Self { hidden, queries, attended, activated, low_rank, split, partial, state, lists, tables } =
+            self;
+        hidden + queries + attended + activated + low_rank + split + partial + state + lists + tables
     }
 }
 
@@ -141,6 +156,7 @@ impl Buffers {
             attended: f32s(sizes.attended)?,
             activated: f32s(sizes.activated)?,
             low_rank: f32s(sizes.low_rank)?,
+            split: f32s(sizes.split)?,
             partial: f32s(sizes.partial)?,
             state: f32s(sizes.state)?,
             lists: gpu.zeros(stream, sizes.lists, "activations")?,

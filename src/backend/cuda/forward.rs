@@ -13,17 +13,18 @@ use super::buffers::{Buffers, Extent, Sizes, rows_of_a_part};
 use super::device::{Gpu, Grid};
 use super::kernels::{
     AttentionArgs, EmbedArgs, IntoArgs, Kernels, LmHeadArgs, LoraArgs, MOST_ROWS, Product, Projections,
-    QkvArgs, SPLIT, StepRows, WARPS, staging,
+    QkvArgs, SPLIT, SplitArgs, StepRows, WARPS, WIDE_COLUMNS, WIDE_ROWS, WIDE_UNITS, staging,
 };
 use super::lora::{DeviceAdapters, Stage};
 use super::memory::Buffer;
-use super::plan::{Members, Plan};
+use super::plan::{LISTS, Members, Plan};
 use super::weights::{DeviceWeights, LayerLayout, stride};
 use crate::adapter::LoraAdapter;
 use crate::backend::{Batch, Limits, Row};
 use crate::config::LlamaConfig;
 use crate::ensemble::Ensemble;
 use crate::error::{Error, Result};
+use crate::kv_cache::BLOCK_SIZE;
 use crate::rope::Rope;
 use crate::weights::LlamaWeights;
 
@@ -46,6 +47,8 @@ pub(crate) struct GroupShape {
     rows: usize,
     most_rows: usize,
     most_wanted: usize,
+    /// Rows that attend by themselves, and tiles of the others.
+    attending: (usize, usize),
     pub(crate) splits: usize,
 }
 
@@ -88,6 +91,9 @@ struct Lists {
     wanted_slot: u64,
     set_first: u64,
     wanted_first: u64,
+    alone: u64,
+    tile_first: u64,
+    tile_rows: u64,
 }
 
 fn u32_of(number: usize) -> u32 {
@@ -124,11 +130,11 @@ impl Group {
         let cache = gpu.zeros(&stream, model_bytes * members.models.len(), "the key-value cache")?;
         let (cos, sin) = angles(gpu, &stream, &config, positions)?;
         let rank = adapters.as_ref().map_or(0, |adapters| adapters.rank);
-        let sizes = Sizes::new(&config, (capacity, positions, table_stride, rank));
+        let sizes = Sizes::new(&config, dtype, (capacity, positions, table_stride, rank));
         let buffers = Buffers::new(gpu, &stream, sizes)?;
         let group = config.num_attention_heads / config.num_key_value_heads.max(1);
         Ok(Some(Self {
-            kernels: Kernels::load(gpu, dtype, group)?,
+            kernels: Kernels::load(gpu, dtype, group, config.head_dim)?,
             gpu: Arc::clone(gpu),
             stream,
             config,
@@ -190,6 +196,9 @@ impl Group {
         self.plan.clear();
         for turn in rows.chunks_mut(self.capacity) {
             self.plan.fill(&self.members, batch, turn, logits.slots, self.table_stride);
+            if self.kernels.attention_wide.is_some() {
+                self.plan.tile(MOST_ROWS);
+            }
             self.upload()?;
             self.run(self.splits(self.plan.last_position() as usize), logits)?;
         }
@@ -211,6 +220,7 @@ impl Group {
             rows: plan.rows(),
             most_rows: plan.most_rows(),
             most_wanted: plan.most_wanted(),
+            attending: (plan.alone.len(), plan.tile_first.len()),
             splits: self.splits(last_position),
         })
     }
@@ -260,9 +270,24 @@ impl Group {
     fn lists(&self) -> Lists {
         let list =
             |index: usize| self.buffers.lists.address() + (index * self.room() * size_of::<u32>()) as u64;
-        let [token, position, table, model, adapter, wanted, wanted_slot, set_first, wanted_first] =
-            std::array::from_fn(list);
-        Lists { token, position, table, model, adapter, wanted, wanted_slot, set_first, wanted_first }
+        let lists: [u64; LISTS] = std::array::from_fn(list);
+        let [token, position, table, model, adapter, wanted, wanted_slot, set_first, wanted_first, ..] =
+            lists;
+        let [.., alone, tile_first, tile_rows] = lists;
+        Lists {
+            token,
+            position,
+            table,
+            model,
+            adapter,
+            wanted,
+            wanted_slot,
+            set_first,
+            wanted_first,
+            alone,
+            tile_first,
+            tile_rows,
+        }
     }
 
     fn embed(&self, lists: Lists) -> Result<()> {
@@ -297,7 +322,7 @@ impl Group {
         self.low_rank(lists, layer, Stage::Qkv, normed)?;
         let product = self.product(lists, normed, (at.qkv, at.qkv_bias, outputs), Some((layer, Stage::Qkv)));
         let units = ((heads + 2 * kv_heads) * head_dim / 2).div_ceil(2);
-        self.project(&self.kernels.qkv, product, units, self.plan.most_rows(), |product| QkvArgs {
+        self.project(&self.kernels.qkv, product, units, self.all_rows(), |product| QkvArgs {
             product,
             queries: self.buffers.queries.address(),
             cache,
@@ -319,39 +344,50 @@ impl Group {
         self.add(lists, layer, Stage::O, attended, (at.o_proj, at.o_bias))
     }
 
-    /// attended = softmax(q kᵀ / √head_dim) v, row by row.
+    /// attended = softmax(q kᵀ / √head_dim) v: rows that attend by themselves in parts, the others in tiles.
     fn attend(&self, lists: Lists, cache: u64, splits: usize) -> Result<()> {
         let config = &self.config;
         let (heads, kv_heads, head_dim) =
             (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
-        let query_stride = stride(heads * head_dim);
+        let mut args = AttentionArgs {
+            queries: self.buffers.queries.address(),
+            cache,
+            partial: self.buffers.partial.address(),
+            state: self.buffers.state.address(),
+            attended: self.buffers.attended.address(),
+            position: lists.position,
+            table: lists.table,
+            model: lists.model,
+            block_tables: self.buffers.tables.address(),
+            alone: lists.alone,
+            tile_first: lists.tile_first,
+            tile_rows: lists.tile_rows,
+            model_stride: self.cache_stride.0 as u64,
+            query_stride: u32_of(stride(heads * head_dim)),
+            table_stride: u32_of(self.table_stride),
+            heads: u32_of(heads),
+            kv_heads: u32_of(kv_heads),
+            head_dim: u32_of(head_dim),
+            splits: u32_of(splits),
+            lanes: u32_of(head_dim.div_ceil(8).next_power_of_two()),
+            scale: 1.0 / (head_dim as f32).sqrt(),
+        };
+        let tiles = self.plan.tile_first.len();
+        if let (Some(kernel), true) = (&self.kernels.attention_wide, tiles > 0) {
+            let blocks = (u32_of(tiles), u32_of(heads), u32_of(head_dim.div_ceil(WIDE_COLUMNS)));
+            let shared = u32_of(2 * BLOCK_SIZE * (head_dim.next_multiple_of(32) + 4) * size_of::<f32>());
+            let grid = Grid { blocks, threads: (128, 1, 1), shared };
+            // SAFETY: rows were checked to have blocks up to their position; a tile has rows of one table.
+            unsafe { self.gpu.launch(&self.stream, kernel, grid, &args) }?;
+        }
         let rows_at_once = rows_of_a_part(heads, splits, head_dim);
         let (kernel, group) = (&self.kernels.attention.0, self.kernels.attention.1);
         let chunks = (heads / kv_heads.max(1)).div_ceil(group);
         let shared = kernel_shared(group, head_dim);
-        for first in (0..self.plan.rows()).step_by(rows_at_once) {
-            let rows = rows_at_once.min(self.plan.rows() - first);
-            let row = |address: u64, numbers: usize| address + (first * numbers * size_of::<f32>()) as u64;
-            let args = AttentionArgs {
-                queries: row(self.buffers.queries.address(), query_stride),
-                cache,
-                partial: self.buffers.partial.address(),
-                state: self.buffers.state.address(),
-                attended: row(self.buffers.attended.address(), query_stride),
-                position: row(lists.position, 1),
-                table: row(lists.table, 1),
-                model: row(lists.model, 1),
-                block_tables: self.buffers.tables.address(),
-                model_stride: self.cache_stride.0 as u64,
-                query_stride: u32_of(query_stride),
-                table_stride: u32_of(self.table_stride),
-                heads: u32_of(heads),
-                kv_heads: u32_of(kv_heads),
-                head_dim: u32_of(head_dim),
-                splits: u32_of(splits),
-                lanes: u32_of(head_dim.div_ceil(8).next_power_of_two()),
-                scale: 1.0 / (head_dim as f32).sqrt(),
-            };
+        let alone = self.plan.alone.len();
+        for first in (0..alone).step_by(rows_at_once) {
+            let rows = rows_at_once.min(alone - first);
+            args.alone = lists.alone + (first * size_of::<u32>()) as u64;
             let blocks = (u32_of(kv_heads * chunks), u32_of(splits), u32_of(rows));
             let grid = Grid { blocks, threads: (128, 1, 1), shared: u32_of(shared) };
             // SAFETY: rows were checked to have blocks up to their position; partial and state hold `rows_at_once`
@@ -379,7 +415,7 @@ impl Group {
             Some((layer, Stage::GateUp)),
         );
         let to = (self.buffers.activated.address(), u32_of(stride(size)));
-        self.project(&self.kernels.gate_up, product, size.div_ceil(2), self.plan.most_rows(), |product| {
+        self.project(&self.kernels.gate_up, product, size.div_ceil(2), self.all_rows(), |product| {
             IntoArgs { product, to: to.0, to_stride: to.1 }
         })?;
         let activated = Input { x: self.buffers.activated.address(), cols: size, norm: None };
@@ -399,7 +435,7 @@ impl Group {
         self.low_rank(lists, layer, stage, input)?;
         let product = self.product(lists, input, (weights, bias, hidden), Some((layer, stage)));
         let to = (self.buffers.hidden.address(), u32_of(stride(hidden)));
-        self.project(&self.kernels.residual, product, hidden.div_ceil(4), self.plan.most_rows(), |product| {
+        self.project(&self.kernels.residual, product, hidden.div_ceil(4), self.all_rows(), |product| {
             IntoArgs { product, to: to.0, to_stride: to.1 }
         })
     }
@@ -416,7 +452,8 @@ impl Group {
         product.set_first = lists.wanted_first;
         product.rows = lists.wanted;
         let units = logits.vocab_size.div_ceil(4);
-        self.project(&self.kernels.lm_head, product, units, self.plan.most_wanted(), |product| LmHeadArgs {
+        let rows = Rows { all: self.plan.wanted.len(), most: self.plan.most_wanted() };
+        self.project(&self.kernels.lm_head, product, units, rows, |product| LmHeadArgs {
             product,
             logits: logits.address,
             slot: lists.wanted_slot,
@@ -481,18 +518,31 @@ impl Group {
         }
     }
 
-    /// Launches a projection, once for each sixteen rows of a set.
+    /// Launches a projection: once for each sixteen rows of a set, or on tensor cores where they are more.
     fn project<A: cudarc::driver::DeviceRepr>(
         &self,
         projections: &Projections,
         mut product: Product,
         units: usize,
-        rows: usize,
+        rows: Rows,
         args: impl Fn(Product) -> A,
     ) -> Result<()> {
+        if let (Some(kernel), Some(split)) = (projections.wide(rows.most), &self.kernels.split_rows) {
+            let to = self.buffers.split.address();
+            let grid = Grid { blocks: (u32_of(rows.all), 1, 1), threads: (128, 1, 1), shared: 0 };
+            // SAFETY: a row for each index of the lists; `split` has as many, as wide as the widest input (see
+            // `Sizes::new`).
+            unsafe { self.gpu.launch(&self.stream, split, grid, &SplitArgs { product, to }) }?;
+            product.x = to;
+            let blocks = (rows.most.div_ceil(WIDE_ROWS), units.div_ceil(WIDE_UNITS));
+            let blocks = (u32_of(blocks.0), u32_of(blocks.1), self.sets());
+            let grid = Grid { blocks, threads: (256, 1, 1), shared: 0 };
+            // SAFETY: as below, and `split` has been written for these rows.
+            return unsafe { self.gpu.launch(&self.stream, kernel, grid, &args(product)) };
+        }
         let tiles = units.div_ceil(WARPS);
-        for skip in (0..rows).step_by(MOST_ROWS) {
-            let (kernel, most) = projections.for_rows(rows - skip);
+        for skip in (0..rows.most).step_by(MOST_ROWS) {
+            let (kernel, most) = projections.few(rows.most - skip);
             let (chunk, shared) = staging(most, product.stride as usize);
             product.skip = u32_of(skip);
             product.chunk = u32_of(chunk);
@@ -509,9 +559,20 @@ impl Group {
         Ok(())
     }
 
+    fn all_rows(&self) -> Rows {
+        Rows { all: self.plan.rows(), most: self.plan.most_rows() }
+    }
+
     fn sets(&self) -> u32 {
         u32_of(self.members.owners.len())
     }
+}
+
+/// How many rows a projection computes: of all sets, and of the set that has the most.
+#[derive(Clone, Copy, Debug)]
+struct Rows {
+    all: usize,
+    most: usize,
 }
 
 /// What a projection reads: `(rows, stride of cols)`, normalised first where `norm` is where the weight lies.

@@ -12,11 +12,19 @@ const ROWS: [usize; 4] = [1, 4, 8, 16];
 /// The most of them.
 pub(crate) const MOST_ROWS: usize = 16;
 
+/// Rows of a block on tensor cores.
+pub(crate) const WIDE_ROWS: usize = 64;
+/// Its units of four outputs.
+pub(crate) const WIDE_UNITS: usize = 32;
+
 /// Query heads of one key head that one block of attention computes: the kernels' G.
 const HEADS: [usize; 4] = [1, 2, 4, 8];
 
 /// Positions of a split of attention.
 pub(crate) const SPLIT: usize = 256;
+
+/// Columns of the values that a block of attention on tensor cores computes.
+pub(crate) const WIDE_COLUMNS: usize = 128;
 
 /// Warps of a block of a projection, and outputs of each.
 pub(crate) const WARPS: usize = 8;
@@ -41,7 +49,7 @@ pub(crate) struct EmbedArgs {
     pub(crate) stride: u32,
 }
 
-/// `Product` in gemv.cuh.
+/// `Product` in product.cuh.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct Product {
@@ -106,7 +114,15 @@ pub(crate) struct LmHeadArgs {
     pub(crate) vocab_stride: u32,
 }
 
-/// `AttentionArgs` in attention.cu.
+/// `SplitArgs` in gemm_projections.cuh.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct SplitArgs {
+    pub(crate) product: Product,
+    pub(crate) to: u64,
+}
+
+/// `AttentionArgs` in attention.cuh.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct AttentionArgs {
@@ -119,6 +135,9 @@ pub(crate) struct AttentionArgs {
     pub(crate) table: u64,
     pub(crate) model: u64,
     pub(crate) block_tables: u64,
+    pub(crate) alone: u64,
+    pub(crate) tile_first: u64,
+    pub(crate) tile_rows: u64,
     pub(crate) model_stride: u64,
     pub(crate) query_stride: u32,
     pub(crate) table_stride: u32,
@@ -189,6 +208,8 @@ unsafe impl DeviceRepr for IntoArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for LmHeadArgs {}
 // SAFETY: as above.
+unsafe impl DeviceRepr for SplitArgs {}
+// SAFETY: as above.
 unsafe impl DeviceRepr for AttentionArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for LoraArgs {}
@@ -198,8 +219,11 @@ unsafe impl DeviceRepr for AdvanceArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for StampArgs {}
 
-/// One projection, for each number of rows.
-pub(crate) struct Projections([Kernel; 4]);
+/// One projection: for each number of rows, and for more on tensor cores where the weights have 16 bits.
+pub(crate) struct Projections {
+    few: [Kernel; 4],
+    wide: Option<Kernel>,
+}
 
 impl Projections {
     fn load(gpu: &Gpu, name: &str, dtype: Dtype) -> Result<Self> {
@@ -209,13 +233,28 @@ impl Projections {
             Dtype::Bf16 => "gemv_bf16",
         };
         let [a, b, c, d] = ROWS.map(|rows| gpu.kernel(module, &format!("{name}_{dtype}_{rows}")));
-        Ok(Self([a?, b?, c?, d?]))
+        let wide = wide_module(dtype).map(|module| gpu.kernel(module, &format!("{name}_wide_{dtype}")));
+        Ok(Self { few: [a?, b?, c?, d?], wide: wide.transpose()? })
     }
 
     /// The kernel for `rows` rows, at most [`MOST_ROWS`], and its M.
-    pub(crate) fn for_rows(&self, rows: usize) -> (&Kernel, usize) {
+    pub(crate) fn few(&self, rows: usize) -> (&Kernel, usize) {
         let index = ROWS.iter().position(|&most| rows <= most).unwrap_or(ROWS.len() - 1);
-        (&self.0[index], ROWS[index])
+        (&self.few[index], ROWS[index])
+    }
+
+    /// The kernel on tensor cores, where `rows` are so many that it is used.
+    pub(crate) fn wide(&self, rows: usize) -> Option<&Kernel> {
+        self.wide.as_ref().filter(|_| rows > MOST_ROWS)
+    }
+}
+
+/// The image of the products on tensor cores. There is none for f32, whose weights would have to be split as well.
+pub(crate) fn wide_module(dtype: Dtype) -> Option<&'static str> {
+    match dtype {
+        Dtype::F32 => None,
+        Dtype::F16 => Some("gemm_f16"),
+        Dtype::Bf16 => Some("gemm_bf16"),
     }
 }
 
@@ -234,24 +273,35 @@ pub(crate) struct Kernels {
     pub(crate) residual: Projections,
     pub(crate) gate_up: Projections,
     pub(crate) lm_head: Projections,
+    /// Prepares rows for tensor cores.
+    pub(crate) split_rows: Option<Kernel>,
     /// With the query heads of a block.
     pub(crate) attention: (Kernel, usize),
     pub(crate) merge: Kernel,
+    /// For tiles of rows, where the size of a head allows it.
+    pub(crate) attention_wide: Option<Kernel>,
     pub(crate) lora: Kernel,
 }
 
 impl Kernels {
-    /// For `group` query heads a key head.
-    pub(crate) fn load(gpu: &Gpu, dtype: Dtype, group: usize) -> Result<Self> {
+    /// For `group` query heads of `head_dim` numbers a key head.
+    pub(crate) fn load(gpu: &Gpu, dtype: Dtype, group: usize, head_dim: usize) -> Result<Self> {
         let heads = HEADS.into_iter().find(|&heads| group <= heads).unwrap_or(HEADS[HEADS.len() - 1]);
         Ok(Self {
             embed: gpu.kernel("embed", &format!("embed_{dtype}"))?,
             qkv: Projections::load(gpu, "qkv", dtype)?,
-            residual: Projections::load(gpu, "gemv_residual", dtype)?,
+            residual: Projections::load(gpu, "residual", dtype)?,
             gate_up: Projections::load(gpu, "gate_up", dtype)?,
             lm_head: Projections::load(gpu, "lm_head", dtype)?,
+            split_rows: wide_module(dtype)
+                .map(|module| gpu.kernel(module, &format!("split_rows_{dtype}")))
+                .transpose()?,
             attention: (gpu.kernel("attention", &format!("attention_{heads}"))?, heads),
             merge: gpu.kernel("attention", "attention_merge")?,
+            attention_wide: (head_dim % 8 == 0)
+                .then(|| if head_dim <= 64 { "attention_wide_8" } else { "attention_wide_16" })
+                .map(|name| gpu.kernel("attention_wide", name))
+                .transpose()?,
             lora: gpu.kernel("lora", "lora_down")?,
         })
     }

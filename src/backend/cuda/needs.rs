@@ -28,8 +28,9 @@ impl Needs {
         let Some(&first) = members.models.first() else { return Self::default() };
         let config = &all[first].config;
         let sets: Vec<_> = members.owners.iter().map(|&owner| &*all[owner].weights).collect();
-        let weights = Layout::new(config, &sets, ensemble.vocab_size()).bytes * sets.len();
-        let (cache, activations) = memory_of(ensemble, &members, limits);
+        let layout = Layout::new(config, &sets, ensemble.vocab_size());
+        let weights = layout.bytes * sets.len();
+        let (cache, activations) = memory_of(ensemble, &members, limits, layout.dtype);
         Self { weights, cache, activations, logits: 0 }
     }
 

@@ -10,7 +10,10 @@ use crate::model::MAX_EXPERTS;
 pub(crate) const MAX_GROUP: usize = MAX_EXPERTS + 1;
 
 /// Lists of a plan.
-pub(crate) const LISTS: usize = 9;
+pub(crate) const LISTS: usize = 12;
+
+/// Rows of a tile of attention at most: the kernel's.
+const TILE_ROWS: usize = 64;
 
 /// A row without an adapter.
 pub(crate) const NO_ADAPTER: u32 = u32::MAX;
@@ -80,6 +83,12 @@ pub(crate) struct Plan {
     pub(crate) wanted_slot: Vec<u32>,
     /// Entries of `wanted` of set z are `wanted_first[z]..wanted_first[z + 1]`.
     pub(crate) wanted_first: Vec<u32>,
+    /// The rows that attend by themselves.
+    pub(crate) alone: Vec<u32>,
+    /// The first row of each tile, of rows that attend together.
+    pub(crate) tile_first: Vec<u32>,
+    /// Rows of each tile.
+    pub(crate) tile_rows: Vec<u32>,
     /// Block tables, `(tables, table_stride)`.
     pub(crate) tables: Vec<u32>,
     /// The table of the batch and the place in the group that each row of `tables` is from.
@@ -116,6 +125,25 @@ impl Plan {
         }
         self.set_first.resize(members.owners.len() + 1, self.token.len() as u32);
         self.wanted_first.resize(members.owners.len() + 1, self.wanted.len() as u32);
+        self.alone.extend(0..self.token.len() as u32);
+    }
+
+    /// Lets the rows of a sequence attend together where they are more than `most`: in tiles, by position.
+    pub(crate) fn tile(&mut self, most: usize) {
+        self.alone.clear();
+        let mut first = 0;
+        for sequence in self.table.chunk_by(|a, b| a == b) {
+            let rows = first..first + sequence.len() as u32;
+            first = rows.end;
+            if sequence.len() <= most {
+                self.alone.extend(rows);
+                continue;
+            }
+            for start in rows.clone().step_by(TILE_ROWS) {
+                self.tile_first.push(start);
+                self.tile_rows.push((rows.end - start).min(TILE_ROWS as u32));
+            }
+        }
     }
 
     /// The lists that the kernels read, beside the tables.
@@ -130,6 +158,9 @@ impl Plan {
             &self.wanted_slot,
             &self.set_first,
             &self.wanted_first,
+            &self.alone,
+            &self.tile_first,
+            &self.tile_rows,
         ]
     }
 
@@ -140,6 +171,9 @@ impl Plan {
             numbers.clear();
         }
         for numbers in [&mut self.wanted_slot, &mut self.wanted_first, &mut self.tables] {
+            numbers.clear();
+        }
+        for numbers in [&mut self.alone, &mut self.tile_first, &mut self.tile_rows] {
             numbers.clear();
         }
         self.known.clear();
@@ -220,6 +254,27 @@ mod tests {
         assert_eq!(plan.tables, [0, 1, 0, 20, 21, 0, 10, 11, 0]);
         assert_eq!(plan.table, [0, 0, 1, 1, 2]);
         assert_eq!((plan.most_rows(), plan.most_wanted(), plan.last_position()), (4, 2, 17));
+    }
+
+    #[test]
+    fn long_sequences_attend_in_tiles() {
+        let members = Members {
+            models: [1].into_iter().collect(),
+            set: [0].into_iter().collect(),
+            adapter: [NO_ADAPTER].into_iter().collect(),
+            owners: [1].into_iter().collect(),
+        };
+        let tables: Vec<BlockTable> = (0..4).map(|table| BlockTable { blocks: vec![table; 9] }).collect();
+        let mut rows = Vec::new();
+        for (table, length) in [(0, 2), (1, 130), (2, 16), (3, 17)] {
+            rows.extend((0..length).map(|position| row(1, table, position, None)));
+        }
+        let mut plan = Plan::default();
+        plan.fill(&members, &Batch { rows: &[], tables: &tables }, &mut rows, 1, 9);
+        assert_eq!(plan.alone.len(), 165);
+        plan.tile(16);
+        assert_eq!((&plan.tile_first, &plan.tile_rows), (&vec![2, 66, 130, 148], &vec![64, 64, 2, 17]));
+        assert_eq!(plan.alone, [0, 1].into_iter().chain(132..148).collect::<Vec<_>>());
     }
 
     #[test]

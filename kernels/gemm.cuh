@@ -1,0 +1,186 @@
+// y = W x for many rows of x: the part that the projections on tensor cores share.
+//
+// A block computes 128 outputs of 64 rows, a warp 32 of 32, by mma.sync m16n8k16 with f32 sums: W is A, the rows of x
+// are B. split_rows has written x as high + low, two 16-bit numbers, and both are multiplied: 22 bits of x count for f16
+// and 16 for bf16.
+//
+// Columns come 32 at a time by cp.async into one of three buffers: while one is multiplied the next two are on their
+// way. A staged row is four pieces of 16 bytes, permuted by the row, so that neither cp.async nor ldmatrix meets a
+// bank conflict.
+#pragma once
+
+#include "async.cuh"
+#include "product.cuh"
+
+constexpr u32 GEMM_OUTPUTS = 128;  // of a block
+constexpr u32 GEMM_ROWS = 64;      // of a block
+constexpr u32 GEMM_COLS = 32;      // that are staged at once
+constexpr u32 GEMM_STAGES = 3;
+constexpr u32 GEMM_THREADS = 256;
+constexpr u32 GEMM_UNITS = GEMM_OUTPUTS / UNIT;
+constexpr u32 SUMS = GEMM_OUTPUTS + 4;  // numbers of a row of sums: the shift keeps the banks of a warp apart
+
+// Numbers of a row that split_rows writes: high, low, and the factor in the last sixteen bytes.
+__device__ inline u32 split_stride(u32 stride) { return 2 * stride + 8; }
+
+__device__ inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, const f16*) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, const bf16*) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline void ldmatrix(u32 (&to)[4], const void* from) {
+    const u32 address = u32(__cvta_generic_to_shared(from));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+}
+
+// Where a piece of eight columns of a staged row lies.
+__device__ inline u32 permuted(u32 row, u32 piece) { return row * GEMM_COLS + (piece ^ (row / 2 % 4)) * 8; }
+
+// One block of the product, by all its threads: rows blockIdx.x · 64 … of set blockIdx.z, units blockIdx.y · 32 ….
+template <typename T>
+struct Gemm {
+    // The columns of one step, and all steps of the pipeline.
+    struct Stage {
+        T weights[GEMM_OUTPUTS * GEMM_COLS];
+        T high[GEMM_ROWS * GEMM_COLS];
+        T low[GEMM_ROWS * GEMM_COLS];
+    };
+
+    // Calls finish(unit, part, index, row, y) for each unit, part of a unit and row, with the four outputs y. `PARTS`,
+    // `row_of` and `segment` are as in Gemv.
+    template <u32 PARTS, typename RowOf, typename Segment, typename Finish>
+    static __device__ void run(const Product& p, u32 units, RowOf row_of, Segment segment, Finish finish) {
+        __shared__ uint4 memory[GEMM_STAGES * sizeof(Stage) / sizeof(uint4)];
+        Stage* const stages = reinterpret_cast<Stage*>(memory);
+        float* const sums = reinterpret_cast<float*>(memory);  // (GEMM_ROWS, SUMS), when all is multiplied
+        const u32 first_row = blockIdx.x * GEMM_ROWS, first_unit = blockIdx.y * GEMM_UNITS;
+        const Span span(p, blockIdx.z, first_row, GEMM_ROWS);
+        if (span.count == 0) return;
+        const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+        const u32 outputs = warp / 2 * 32, rows = warp % 2 * 32;  // where this warp's part begins
+        const T* x = static_cast<const T*>(p.x) + u64(span.first) * split_stride(p.stride);
+
+        float c[2][4][4] = {};
+        multiply(p, x, span.count, [=](u32 o) { return row_of(first_unit + o / UNIT, o % UNIT); }, stages, outputs, rows, c);
+
+        // The factor of each row undoes its power of two and normalises it.
+        __syncthreads();
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) {
+#pragma unroll
+            for (u32 half = 0; half < 2; half++) {
+                const u32 m = rows + j * 8 + lane % 4 * 2 + half;
+                const float factor = m < span.count ? factor_of(p, x, m) : 0;
+#pragma unroll
+                for (u32 i = 0; i < 2; i++) {
+#pragma unroll
+                    for (u32 k = 0; k < 2; k++) {
+                        sums[m * SUMS + outputs + i * 16 + k * 8 + lane / 4] = c[i][j][2 * k + half] * factor;
+                    }
+                }
+            }
+        }
+        __syncthreads();
+        const auto x_row = [&](u32 m) { return p.rows ? p.rows[span.first + m] : span.first + m; };
+        if (p.lora_b) {
+            for (u32 at = threadIdx.x; at < span.count * GEMM_OUTPUTS; at += GEMM_THREADS) {
+                const u32 m = at / GEMM_OUTPUTS, o = at % GEMM_OUTPUTS, n = row_of(first_unit + o / UNIT, o % UNIT);
+                const u32 row = x_row(m), adapter = p.adapter[row];
+                if (adapter == NO_ADAPTER) continue;
+                const float* b = advance(p.lora_b, adapter * p.lora_stride) + u64(n) * p.rank;
+                const float* t = p.lora_t + (u64(row) * p.segments + segment(n)) * p.rank;
+                float delta = 0;
+                for (u32 j = 0; j < p.rank; j++) delta = fmaf(b[j], t[j], delta);
+                sums[m * SUMS + o] += delta;
+            }
+            __syncthreads();
+        }
+        const float* bias = p.bias ? advance(p.bias, blockIdx.z * p.set_stride) : nullptr;
+        const u32 here = min(GEMM_UNITS, units - first_unit);
+        for (u32 at = threadIdx.x; at < span.count * here * PARTS; at += GEMM_THREADS) {
+            const u32 part = at % PARTS, u = at / PARTS % here, m = at / PARTS / here;
+            const float4 v = *reinterpret_cast<const float4*>(sums + m * SUMS + u * UNIT);
+            float y[UNIT] = {v.x, v.y, v.z, v.w};
+            if (bias) {
+#pragma unroll
+                for (u32 r = 0; r < UNIT; r++) y[r] += bias[row_of(first_unit + u, r)];
+            }
+            finish(first_unit + u, part, span.first + m, x_row(m), y);
+        }
+    }
+
+    static __device__ float factor_of(const Product& p, const T* x, u32 m) {
+        return *reinterpret_cast<const float*>(x + u64(m) * split_stride(p.stride) + 2 * p.stride);
+    }
+
+    // c += W x over all columns. A step's columns are two calls of mma deep.
+    template <typename RowOf>
+    static __device__ void multiply(
+        const Product& p, const T* x, u32 count, RowOf row_of, Stage* stages, u32 outputs, u32 rows, float (&c)[2][4][4]
+    ) {
+        const u32 lane = threadIdx.x % WARP;
+        // Each thread brings two pieces of W, and one of each half of x.
+        const u32 piece = threadIdx.x % 4, row = threadIdx.x / 4;
+        const T* weights = advance(static_cast<const T*>(p.weights), blockIdx.z * p.set_stride);
+        const T* const from[2] = {
+            weights + u64(row_of(row)) * p.stride,
+            weights + u64(row_of(row + GEMM_OUTPUTS / 2)) * p.stride,
+        };
+        const bool exists = row < count;
+        const T* const from_x = x + u64(exists ? row : 0) * split_stride(p.stride);
+        const u32 steps = (p.stride + GEMM_COLS - 1) / GEMM_COLS;
+        const auto fetch = [&](u32 step) {
+            Stage& stage = stages[step % GEMM_STAGES];
+            const u32 k = step * GEMM_COLS + piece * 8, at = permuted(row, piece);
+            const bool inside = k < p.stride;
+            const u32 safe = inside ? k : 0;
+            copy_async(stage.weights + at, from[0] + safe, inside);
+            copy_async(stage.weights + at + GEMM_OUTPUTS / 2 * GEMM_COLS, from[1] + safe, inside);
+            copy_async(stage.high + at, from_x + safe, inside && exists);
+            copy_async(stage.low + at, from_x + p.stride + safe, inside && exists);
+        };
+#pragma unroll
+        for (u32 step = 0; step < GEMM_STAGES - 1; step++) {
+            if (step < steps) fetch(step);
+            commit_copies();
+        }
+        for (u32 step = 0; step < steps; step++) {
+            await_copies<GEMM_STAGES - 2>();
+            // All copies of this step have come, and nobody reads the buffer that is filled next.
+            __syncthreads();
+            if (step + GEMM_STAGES - 1 < steps) fetch(step + GEMM_STAGES - 1);
+            commit_copies();  // an empty group at the end, so that the count of groups still tells
+            const Stage& stage = stages[step % GEMM_STAGES];
+#pragma unroll
+            for (u32 k = 0; k < GEMM_COLS / 16; k++) {
+                u32 a[2][4];
+#pragma unroll
+                for (u32 i = 0; i < 2; i++) {
+                    ldmatrix(a[i], stage.weights + permuted(outputs + i * 16 + lane % 16, 2 * k + lane / 16));
+                }
+#pragma unroll
+                for (u32 half = 0; half < 2; half++) {
+                    const T* const part = half ? stage.low : stage.high;
+#pragma unroll
+                    for (u32 j = 0; j < 4; j += 2) {
+                        u32 b[4];
+                        ldmatrix(b, part + permuted(rows + j * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+#pragma unroll
+                        for (u32 i = 0; i < 2; i++) {
+                            mma(c[i][j], a[i], b[0], b[1], static_cast<const T*>(nullptr));
+                            mma(c[i][j + 1], a[i], b[2], b[3], static_cast<const T*>(nullptr));
+                        }
+                    }
+                }
+            }
+        }
+    }
+};
