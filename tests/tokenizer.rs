@@ -300,7 +300,34 @@ fn functions_and_filters_of_transformers_are_there() {
 fn a_template_ends_and_reaches_nothing() {
     let endless = "{% macro f() %}{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}{% endmacro %}{{ f() }}";
     let error = render(endless, &[]).unwrap_err().to_string();
-    assert_eq!(error, "model/chat_template.jinja: chat template: it doesn't come to an end");
+    assert_eq!(
+        error,
+        "model/chat_template.jinja: chat template: it doesn't come to an end, or takes too much memory"
+    );
+    // Each of these would take a terabyte.
+    let doubled = |start: &str, twice: &str, end: &str| {
+        format!(
+            "{{% set ns = namespace(a={start}) %}}{{% for i in range(40) %}}{{% set ns.a = {twice} %}}{{% endfor %}}{end}"
+        )
+    };
+    let text = |end: &str| doubled("'a'", "ns.a ~ ns.a", end);
+    let list = |end: &str| doubled("[1]", "[ns.a, ns.a]", end);
+    for (huge, how) in [
+        (text(""), "concatenated"),
+        (text("{{ ns.a }}"), "printed"),
+        (doubled("'a'", "ns.a + ns.a", ""), "added"),
+        (doubled("'a'", "ns.a.replace('a', 'aa')", ""), "replaced"),
+        (doubled("'a'", "ns.a.join([ns.a, ns.a])", ""), "joined by itself"),
+        (doubled("'aa'", "ns.a | replace('a', ns.a)", ""), "replaced by the filter"),
+        (list("{{ ns.a | tojson }}"), "a list as JSON"),
+        (list("{{ ns.a | tojson(indent=4) }}"), "a list as indented JSON"),
+        ("{{ 'a' * 999999999999 }}".to_owned(), "multiplied"),
+        ("{{ 'a' | indent(999999999999, true) }}".to_owned(), "indented"),
+        ("{{ '%999999999d' | format(1) }}".to_owned(), "padded"),
+        ("{% for i in range(999999999999) %}a{% endfor %}".to_owned(), "ranged"),
+    ] {
+        assert!(render(&huge, &[]).is_err(), "{how}");
+    }
     for reaching in [
         "{% include '/etc/passwd' %}",
         "{% import 'x' as y %}",

@@ -250,3 +250,6 @@ impl Job {
         let _ = self.deliveries.send(Delivery { sequence: self.sequence, steps });
     }
 }
+
+#[cfg(all(test, feature = "demo"))]
+mod tests;

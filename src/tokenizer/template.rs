@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Kwargs;
-use minijinja::{AutoEscape, Environment, ErrorKind, context};
+use minijinja::{AutoEscape, Environment, ErrorKind, State, context};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter, Serializer};
@@ -14,8 +14,11 @@ use super::{CHAT_TEMPLATE, TOKENIZER_CONFIG};
 use crate::error::{Error, Result};
 use crate::json::{Object, show};
 
-/// Instructions that one rendering may take; a long conversation takes thousands.
-const FUEL: u64 = 10_000_000;
+/// What one rendering may take besides what its messages allow: instructions, or 64 bytes of data each. A long
+/// conversation takes thousands.
+const FUEL: u64 = 1_000_000;
+/// Bytes of JSON that one unit of fuel pays for: a sixteenth of the bytes that are copied for it.
+const JSON_BYTES_PER_FUEL: u64 = 4;
 
 /// One message of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -95,7 +98,9 @@ impl ChatTemplate {
             documents => (),
             ..minijinja::Value::from_pairs(self.special_tokens.iter().map(|(name, token)| (*name, token.as_str()))),
         };
-        environment()
+        // A long message may be copied, trimmed and searched many times over.
+        let fuel = FUEL + messages.iter().map(|message| message.content.len() as u64).sum::<u64>();
+        environment(fuel)
             .and_then(|environment| environment.render_str(&without_generation_marks(source), variables))
             .map_err(|error| failed(describe(&error)))
     }
@@ -104,7 +109,7 @@ impl ChatTemplate {
 /// The message of an error, with the line it is about.
 fn describe(error: &minijinja::Error) -> String {
     match (error.kind(), error.detail(), error.line()) {
-        (ErrorKind::OutOfFuel, _, _) => "it doesn't come to an end".to_owned(),
+        (ErrorKind::OutOfFuel, _, _) => "it doesn't come to an end, or takes too much memory".to_owned(),
         (kind, Some(detail), Some(line)) => format!("line {line}: {kind}: {detail}"),
         (kind, Some(detail), None) => format!("{kind}: {detail}"),
         (kind, None, Some(line)) => format!("line {line}: {kind}"),
@@ -174,12 +179,13 @@ fn without_generation_marks(source: &str) -> String {
 }
 
 /// Jinja as transformers sets it up. It has no loader: a template can't read another file.
-fn environment() -> Result<Environment<'static>, minijinja::Error> {
+/// Fuel bounds its time and, as strings are paid for before they are made, its memory.
+fn environment(fuel: u64) -> Result<Environment<'static>, minijinja::Error> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.set_fuel(Some(FUEL));
+    environment.set_fuel(Some(fuel));
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
     environment.add_filter("tojson", tojson);
@@ -203,7 +209,11 @@ fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False)`: transformers has it instead of Jinja's own, which escapes HTML.
-fn tojson(value: &minijinja::Value, kwargs: Kwargs) -> Result<String, minijinja::Error> {
+fn tojson(
+    state: &State<'_, '_>,
+    value: &minijinja::Value,
+    kwargs: Kwargs,
+) -> Result<String, minijinja::Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
     let ensure_ascii: Option<bool> = kwargs.get("ensure_ascii")?;
     kwargs.assert_all_used()?;
@@ -212,18 +222,44 @@ fn tojson(value: &minijinja::Value, kwargs: Kwargs) -> Result<String, minijinja:
         return Err(failed("tojson with ensure_ascii=True is not supported".to_owned()));
     }
     let spaces = " ".repeat(indent.unwrap_or(0).min(16));
-    let bytes = match indent {
-        Some(_) => serialize(value, PrettyFormatter::with_indent(spaces.as_bytes())),
-        None => serialize(value, Spaced(CompactFormatter)),
+    let left = state.fuel_levels().map_or(0, |(_, left)| left);
+    let mut json = Bounded { bytes: Vec::new(), left: left.saturating_mul(JSON_BYTES_PER_FUEL) };
+    let written = match indent {
+        Some(_) => serialize(value, &mut json, PrettyFormatter::with_indent(spaces.as_bytes())),
+        None => serialize(value, &mut json, Spaced(CompactFormatter)),
     };
-    let bytes = bytes.map_err(|error| failed(error.to_string()))?;
-    String::from_utf8(bytes).map_err(|error| failed(error.to_string()))
+    match written {
+        Ok(()) => String::from_utf8(json.bytes).map_err(|error| failed(error.to_string())),
+        Err(error) if error.is_io() => Err(minijinja::Error::from(ErrorKind::OutOfFuel)),
+        Err(error) => Err(failed(error.to_string())),
+    }
 }
 
-fn serialize(value: &minijinja::Value, formatter: impl Formatter) -> serde_json::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    value.serialize(&mut Serializer::with_formatter(&mut bytes, formatter))?;
-    Ok(bytes)
+fn serialize(
+    value: &minijinja::Value,
+    json: &mut Bounded,
+    formatter: impl Formatter,
+) -> serde_json::Result<()> {
+    value.serialize(&mut Serializer::with_formatter(json, formatter))
+}
+
+/// Bytes up to a number: a list that holds another one twice, and so on, is small and writes itself at any length.
+struct Bounded {
+    bytes: Vec<u8>,
+    left: u64,
+}
+
+impl std::io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.left =
+            self.left.checked_sub(bytes.len() as u64).ok_or_else(|| std::io::Error::other("out of fuel"))?;
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Python's separators: a space after each comma and colon.

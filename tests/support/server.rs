@@ -49,9 +49,13 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn new(options: Options) -> Self {
+        Self::with(ensemble(), options)
+    }
+
+    pub(crate) fn with(ensemble: Arc<Ensemble>, options: Options) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let at = listener.local_addr().unwrap();
-        let server = Server::new(ensemble(), backend(options.sequences, BLOCKS), options).unwrap();
+        let server = Server::new(ensemble, backend(options.sequences, BLOCKS), options).unwrap();
         let (stop, stopped) = mpsc::channel(2);
         let thread = std::thread::spawn(move || server.run(listener, stopped));
         Self { at, stop: Some(stop), thread: Some(thread) }
