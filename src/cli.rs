@@ -13,6 +13,7 @@ mod record;
 mod score;
 #[cfg(feature = "serve")]
 mod serve;
+mod settings;
 mod setup;
 mod sweep;
 

@@ -382,7 +382,7 @@ fn resume_refuses_what_it_did_not_write() {
         fails(&args, says);
         assert_eq!(fs::read_to_string(output).unwrap(), before, "left as it was");
     };
-    json_lines(&["generate", "--input", &path("in.jsonl"), "-n", "4", "--output", &path("out.jsonl")]);
+    json_lines(&["generate", "--input", &path("in.jsonl"), "--output", &path("out.jsonl")]);
     go("generate", "{\"prompt\": \"There were 3\"}", &path("out.jsonl"), "another `prompt`");
     fs::write(path("ids.jsonl"), "{\"text\": [1, 2, 3]}\n").unwrap();
     json_lines(&["score", "--input", &path("ids.jsonl"), "--output", &path("scores.jsonl")]);
@@ -448,4 +448,53 @@ fn what_failed_is_tried_again() {
     assert_eq!(again.len(), 2);
     assert_eq!(again[0], whole[0]);
     assert_eq!(again[1]["text"], whole[1]["text"]);
+}
+
+#[test]
+fn a_run_with_other_settings_is_not_resumed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (input, output) = (path("in.jsonl"), path("out.jsonl"));
+    fs::write(&input, "{\"prompt\": \"There are 3\"}\n{\"prompt\": \"Tom has\"}\n").unwrap();
+    let base = ["generate", "--input", &input, "--output", &output];
+    json_lines(&[&base[..], &["-n", "3", "--temperature", "0.7"]].concat());
+    let before = fs::read_to_string(&output).unwrap();
+    let go = |more: &[&str], says: &str| {
+        fails(&[&base[..], more, &["--resume"]].concat(), says);
+        assert_eq!(fs::read_to_string(&output).unwrap(), before, "left as it was");
+    };
+    go(&["-n", "4", "--temperature", "0.7"], "this is another run: `max_new_tokens` was 3, and is 4");
+    go(&["-n", "3", "--temperature", "0.5"], "`temperature` was 0.7");
+    go(&["-n", "3", "--temperature", "0.7", "--seed", "1"], "`seed` was 0, and is 1");
+    go(&["-n", "3", "--temperature", "0.7", "--stop", "x"], "`stop` was [], and is [\"x\"]");
+    go(&["-n", "3", "--temperature", "0.7", "--method", "static"], "`rule` was");
+    go(&["-n", "3", "--temperature", "0.7", "--alpha-grid", "0:1:0.1"], "`rule` was");
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
+    let large = demo.join("large").to_str().unwrap().to_owned();
+    let small = demo.join("small").to_str().unwrap().to_owned();
+    let expert = |name: &str| format!("E={}", demo.join(name).to_str().unwrap());
+    let same = ["-n", "3", "--temperature", "0.7", "--resume"];
+    json_lines(&[&base[..], &same].concat());
+    assert_eq!(fs::read_to_string(&output).unwrap(), before);
+
+    // Of the same shape, name and size, with other weights.
+    let models = |name: &str| {
+        ["--large", &large, "--small", &small, "--expert", &expert(name), "-n", "3"].map(str::to_owned)
+    };
+    let go = |name: &str, more: &[&str]| {
+        let models = models(name);
+        run(&[&base[..], &models.each_ref().map(String::as_str), more].concat())
+    };
+    assert_eq!(go("expert-sums", &[]).code, 0);
+    let other = go("expert-facts", &["--resume"]);
+    assert_eq!(other.code, 1);
+    assert!(other.stderr.contains("`models` was"), "{}", other.stderr);
+    assert_eq!(go("expert-sums", &["--resume"]).code, 0);
+
+    fs::write(path("ids.jsonl"), "{\"text\": [1, 2, 3]}\n").unwrap();
+    let (ids, scores) = (path("ids.jsonl"), path("scores.jsonl"));
+    let score = ["score", "--input", &ids, "--output", &scores];
+    json_lines(&score);
+    fails(&[&score[..], &["--method", "large", "--resume"]].concat(), "`rule` was");
+    json_lines(&[&score[..], &["--resume"]].concat());
 }

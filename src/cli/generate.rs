@@ -14,8 +14,10 @@ use super::color;
 use super::input::{Encoder, Item, Source, read_jsonl, read_text};
 use super::output::{InOrder, JsonLines, check_distinct, check_resumed};
 use super::record::TokenRecord;
+use super::settings;
 use crate::ensemble::Ensemble;
 use crate::error::Error;
+use crate::fusion::FusionRule;
 use crate::generate::{FinishReason, Request, Step, StepTime};
 
 /// What the demo ensemble is asked where nobody asks anything.
@@ -34,7 +36,8 @@ pub(super) fn run(args: &GenerateArgs) -> Result<ExitCode> {
         let prompts = encoder.prompts(item).with_context(|| place(many, index))?;
         requests.push(args.sampling.request(prompts, &rule)?);
     }
-    let mut view = View::open(args, &ensemble, &items)?;
+    let settings = settings_of(args, &ensemble, &rule);
+    let mut view = View::open(args, &ensemble, &items, &settings)?;
     let done = view.done;
     let mut generator = args.run.generator(Arc::clone(&ensemble), &requests)?;
     let prompt_tokens: Vec<usize> = requests.iter().map(prompt_tokens).collect();
@@ -57,6 +60,32 @@ pub(super) fn run(args: &GenerateArgs) -> Result<ExitCode> {
         }
     }
     view.close()
+}
+
+/// All that the results depend on besides the prompts.
+fn settings_of(args: &GenerateArgs, ensemble: &Ensemble, rule: &FusionRule) -> Value {
+    let sampling = &args.sampling;
+    // As it was typed, where f32 as f64 would show more digits.
+    let number = |value: f32| value.to_string().parse().unwrap_or(f64::from(value));
+    json!({
+        "models": settings::models(ensemble),
+        "rule": format!("{rule:?}"),
+        "chat": args.chat,
+        "max_new_tokens": sampling.max_new_tokens,
+        "min_new_tokens": sampling.min_new_tokens,
+        "temperature": number(sampling.temperature),
+        "top_k": sampling.top_k,
+        "top_p": number(sampling.top_p),
+        "min_p": number(sampling.min_p),
+        "repetition_penalty": number(sampling.repetition_penalty),
+        "presence_penalty": number(sampling.presence_penalty),
+        "frequency_penalty": number(sampling.frequency_penalty),
+        "logit_bias": format!("{:?}", sampling.logit_bias),
+        "seed": sampling.seed,
+        "stop": sampling.stop,
+        "stop_token_id": sampling.stop_token_id,
+        "ignore_eos": sampling.ignore_eos,
+    })
 }
 
 fn items(args: &GenerateArgs) -> Result<Vec<Item>> {
@@ -186,7 +215,12 @@ struct View<'a> {
 }
 
 impl<'a> View<'a> {
-    fn open(args: &GenerateArgs, ensemble: &'a Ensemble, items: &'a [Item]) -> Result<Self> {
+    fn open(
+        args: &GenerateArgs,
+        ensemble: &'a Ensemble,
+        items: &'a [Item],
+        settings: &Value,
+    ) -> Result<Self> {
         check_distinct(&[
             ("--input", args.input.as_deref()),
             ("--prompt-file", args.prompt_file.as_deref()),
@@ -196,6 +230,7 @@ impl<'a> View<'a> {
         let mut done = 0;
         let json = match &args.run.output {
             Some(path) if args.run.resume => {
+                settings::check(path, settings)?;
                 let (lines, kept) = JsonLines::resume(path, |index, line| {
                     check_resumed(line, "prompt", items.get(index).map(prompt_json))
                 })?;
@@ -206,6 +241,9 @@ impl<'a> View<'a> {
             None if args.run.json => Some(JsonLines::stdout()),
             None => None,
         };
+        if let Some(output) = &args.run.output {
+            settings::keep(output, settings)?;
+        }
         let trace = match &args.trace {
             Some(path) if args.run.resume => {
                 let of_done = |_, line: &Value| {

@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::args::ScoreArgs;
 use super::generate::progress_bar;
 use super::input::{Encoder, Item, Source, read_jsonl};
 use super::output::{InOrder, JsonLines, check_distinct, check_resumed};
 use super::record::TokenRecord;
+use super::settings;
 use crate::ensemble::Ensemble;
 use crate::error::Error;
 use crate::generate::{Request, Step};
@@ -27,7 +28,8 @@ pub(super) fn run(args: &ScoreArgs) -> Result<ExitCode> {
         texts.push(Text::new(&encoder, item).with_context(|| format!("text {index}"))?);
     }
 
-    let mut out = Output::open(args, &ensemble, &texts)?;
+    let settings = json!({ "models": settings::models(&ensemble), "rule": format!("{rule:?}") });
+    let mut out = Output::open(args, &ensemble, &texts, &settings)?;
     let requests: Vec<Request> = texts.iter().map(|text| text.request().rule(rule.clone())).collect();
     let mut generator = args.run.generator(Arc::clone(&ensemble), &requests)?;
     // Which text each request is: a text of one id has no position to score.
@@ -135,10 +137,11 @@ struct Output<'a> {
 }
 
 impl<'a> Output<'a> {
-    fn open(args: &ScoreArgs, ensemble: &'a Ensemble, texts: &'a [Text]) -> Result<Self> {
+    fn open(args: &ScoreArgs, ensemble: &'a Ensemble, texts: &'a [Text], settings: &Value) -> Result<Self> {
         check_distinct(&[("--input", args.input.as_deref()), ("--output", args.run.output.as_deref())])?;
         let (json, done) = match &args.run.output {
             Some(path) if args.run.resume => {
+                settings::check(path, settings)?;
                 let (lines, kept) = JsonLines::resume(path, |index, line| {
                     check_resumed(line, "ids", texts.get(index).map(|text| Value::from(text.ids())))
                 })?;
@@ -147,6 +150,9 @@ impl<'a> Output<'a> {
             Some(path) => (Some(JsonLines::create(path)?), 0),
             None => (args.run.json.then(JsonLines::stdout), 0),
         };
+        if let Some(output) = &args.run.output {
+            settings::keep(output, settings)?;
+        }
         let to_file = args.run.output.is_some();
         let progress = if texts.len() > 1 && !args.run.quiet && to_file {
             progress_bar(texts.len())?

@@ -8,8 +8,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::args::MergeArgs;
-use super::store::{Lines, Store, check_same, read_info, read_method, write_method};
+use super::store::{Lines, Store, read_info, read_method, write_method};
 use super::{no_scores, report};
+use crate::cli::settings::check_same;
 use crate::eval::{Metric, Summary};
 
 pub(super) fn run(args: &MergeArgs) -> Result<ExitCode> {

@@ -10,6 +10,7 @@ use super::args::{EvalMethod, TaskArgs};
 use crate::backend::Limits;
 use crate::cli::args::{Method, ModelArgs};
 use crate::cli::output::check_distinct;
+use crate::cli::settings;
 use crate::cli::setup::open;
 use crate::ensemble::Ensemble;
 use crate::eval::{Decoding, Encoder, Plan, Sample, Task, fingerprint, parse_samples};
@@ -134,10 +135,6 @@ impl Prepared {
 
     /// All that the results depend on: a run is resumed, and shards are merged, only where it is the same.
     pub(crate) fn info(&self, args: &TaskArgs) -> Value {
-        let models = self.ensemble.models().iter();
-        let models: Vec<Value> = models
-            .map(|model| json!({ "role": model.role.to_string(), "name": model.name, "weight_bytes": model.weights.bytes() }))
-            .collect();
         let methods = self.methods.iter();
         let methods: Vec<Value> =
             methods.map(|(label, rule)| json!({ "method": label, "rule": format!("{rule:?}") })).collect();
@@ -150,7 +147,7 @@ impl Prepared {
             "samples": self.data.samples.len(),
             "num_fewshot": self.shots.len(),
             "fewshot_fingerprint": self.shots_fingerprint.map(hex),
-            "models": models,
+            "models": settings::models(&self.ensemble),
             "methods": methods,
             "chat": args.chat,
             "max_new_tokens": args.max_new_tokens,

@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::no_scores;
 use crate::cli::output::JsonLines;
+use crate::cli::settings;
 use crate::eval::{MethodScores, Metric, SampleResult, Scores, Summary};
 
 const RUN: &str = "run.json";
@@ -53,9 +54,9 @@ impl Store {
                 "{} holds the results of a run: go on with it by --resume, or name another directory",
                 dir.display()
             );
-            check_same(&path, &read_info(dir)?, &info, &[])?;
+            settings::check_same(&path, &settings::read(&path)?, &info, &[])?;
         } else {
-            write_json(&path, &info)?;
+            settings::write(&path, &info)?;
         }
         Ok(Self { dir: Some(dir.to_owned()), resumed })
     }
@@ -109,7 +110,7 @@ impl Store {
     pub(super) fn write_summary(&self, summary: &Summary) -> Result<()> {
         self.dir
             .as_ref()
-            .map_or(Ok(()), |dir| write_json(&dir.join(SUMMARY), &serde_json::to_value(summary)?))
+            .map_or(Ok(()), |dir| settings::write(&dir.join(SUMMARY), &serde_json::to_value(summary)?))
     }
 }
 
@@ -180,22 +181,7 @@ pub(super) fn write_method(dir: &Path, label: &str, raw: &[&str], seconds: &[&st
 }
 
 pub(super) fn read_info(dir: &Path) -> Result<Value> {
-    let path = dir.join(RUN);
-    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-    serde_json::from_str(&text).with_context(|| path.display().to_string())
-}
-
-/// Fails where two runs differ in anything but `besides`.
-pub(super) fn check_same(path: &Path, found: &Value, wanted: &Value, besides: &[&str]) -> Result<()> {
-    let empty = Map::new();
-    let wanted = wanted.as_object().unwrap_or(&empty);
-    for (field, value) in wanted.iter().filter(|(field, _)| !besides.contains(&field.as_str())) {
-        let other = found.get(field).unwrap_or(&Value::Null);
-        // A number that was read may be another kind of number than the one that was made.
-        let same = other == value || matches!((other.as_f64(), value.as_f64()), (Some(a), Some(b)) if a == b);
-        ensure!(same, "{}: this is another run: `{field}` was {other}, and is {value}", path.display());
-    }
-    Ok(())
+    settings::read(&dir.join(RUN))
 }
 
 fn paths(dir: &Path, label: &str) -> (PathBuf, PathBuf) {
@@ -206,9 +192,4 @@ fn paths(dir: &Path, label: &str) -> (PathBuf, PathBuf) {
 /// A method's label as the name of a file.
 fn stem(label: &str) -> String {
     label.chars().map(|c| if c.is_alphanumeric() || "._-".contains(c) { c } else { '-' }).collect()
-}
-
-fn write_json(path: &Path, value: &Value) -> Result<()> {
-    let text = serde_json::to_string_pretty(value)?;
-    fs::write(path, text + "\n").with_context(|| path.display().to_string())
 }
