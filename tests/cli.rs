@@ -498,3 +498,38 @@ fn a_run_with_other_settings_is_not_resumed() {
     fails(&[&score[..], &["--method", "large", "--resume"]].concat(), "`rule` was");
     json_lines(&[&score[..], &["--resume"]].concat());
 }
+
+#[test]
+fn a_run_that_is_really_killed_resumes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let lines: String = (0..60).map(|k| format!("{{\"prompt\": \"There are {k}\"}}\n")).collect();
+    fs::write(path("in.jsonl"), lines).unwrap();
+    let args = |output: &str| {
+        let base =
+            ["generate", "--input", &path("in.jsonl"), "-n", "16", "--batch-size", "2", "--threads", "1"];
+        base.iter()
+            .map(|arg| (*arg).to_owned())
+            .chain(["--output".to_owned(), path(output)])
+            .collect::<Vec<_>>()
+    };
+    let go = |args: &[String]| run(&args.iter().map(String::as_str).collect::<Vec<_>>()).code;
+    assert_eq!(go(&args("whole.jsonl")), 0);
+    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin("dlf-engine"))
+        .args(args("cut.jsonl"))
+        .spawn()
+        .unwrap();
+    // Killed as soon as there are results; on a machine that is faster than this it ends by itself, which is as good.
+    let done = || fs::read_to_string(path("cut.jsonl")).unwrap_or_default().lines().count();
+    while done() < 3 && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(go(&[args("cut.jsonl"), vec!["--resume".to_owned()]].concat()), 0);
+    let results = |name: &str| {
+        let of = |line: &Value| (line["prompt"].clone(), line["token_ids"].clone(), line["text"].clone());
+        trace(Path::new(&path(name))).iter().map(of).collect::<Vec<_>>()
+    };
+    assert_eq!(results("cut.jsonl"), results("whole.jsonl"));
+}

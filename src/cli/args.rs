@@ -253,10 +253,11 @@ pub(crate) struct RunArgs {
     /// Print one JSON object for each input line.
     #[arg(long)]
     pub(crate) json: bool,
-    /// Write the JSON objects to a file instead of stdout.
+    /// Write the JSON objects to a file instead of stdout, and the settings to F.jsonl.run.json.
     #[arg(long, value_name = "F.jsonl")]
     pub(crate) output: Option<PathBuf>,
-    /// Go on where a killed run stopped: keep the finished lines of --output (and of --trace), do the rest.
+    /// Go on where a killed run stopped, with the same settings: keep the finished lines of --output (and of --trace),
+    /// do the rest.
     #[arg(long, requires = "output")]
     pub(crate) resume: bool,
     /// No progress bar, no colours, no closing line.
