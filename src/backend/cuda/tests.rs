@@ -1,4 +1,12 @@
-//! The device's own calls, on the virtual GPU.
+//! The device's own calls, and every kernel by itself, on the virtual GPU.
+
+mod attention;
+mod bed;
+mod embed;
+mod fusion;
+mod lora;
+mod projections;
+mod step;
 
 use virtual_gpu::host::{self, Driver};
 

@@ -1,0 +1,317 @@
+//! attention.cu: the splits by themselves, and their merge by itself.
+
+use super::bed::{Bed, DTYPES, Found, Near, ROUNDING, Rng, assert_noticed};
+use crate::backend::cuda::device::Grid;
+use crate::backend::cuda::kernels::{AttentionArgs, Kernels, SPLIT};
+use crate::backend::cuda::weights::stride;
+use crate::kv_cache::BLOCK_SIZE;
+
+/// Heads, and the rows of two models: the positions that each row sees.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    lengths: &'static [usize],
+    /// What queries are multiplied with: at one, weights span all that an f32 holds.
+    sharpness: f32,
+}
+
+impl Case {
+    /// As the engine chooses them: a power of two, with splits that have no position.
+    fn splits(&self) -> usize {
+        let longest = self.lengths.iter().max().copied().unwrap_or(1);
+        ((longest - 1) / SPLIT + 1).next_power_of_two()
+    }
+
+    /// Lanes that share a position.
+    fn lanes(&self) -> usize {
+        self.head_dim.div_ceil(8).next_power_of_two()
+    }
+
+    /// What doesn't depend on where things lie.
+    fn args(&self, table_stride: usize) -> AttentionArgs {
+        AttentionArgs {
+            queries: 0,
+            cache: 0,
+            partial: 0,
+            state: 0,
+            attended: 0,
+            position: 0,
+            table: 0,
+            model: 0,
+            block_tables: 0,
+            model_stride: 0,
+            query_stride: stride(self.heads * self.head_dim) as u32,
+            table_stride: table_stride as u32,
+            heads: self.heads as u32,
+            kv_heads: self.kv_heads as u32,
+            head_dim: self.head_dim as u32,
+            splits: self.splits() as u32,
+            lanes: self.lanes() as u32,
+            scale: 1.0 / (self.head_dim as f32).sqrt(),
+        }
+    }
+}
+
+/// Keys and values of two models as the cache has them, and who reads them where.
+struct Cache {
+    /// `(2, blocks, 2, kv_heads, 16, head_dim)`, NaN where no row looks.
+    numbers: Vec<f32>,
+    of_model: usize,
+    tables: Vec<u32>,
+    table_stride: usize,
+    /// Of each row. The last row has the table of the first one: they are two rows of one sequence.
+    table: Vec<u32>,
+    model: Vec<u32>,
+}
+
+impl Cache {
+    fn new(case: Case, rng: &mut Rng) -> Self {
+        let Case { kv_heads, head_dim, lengths, .. } = case;
+        let longest = lengths.iter().max().copied().unwrap_or(1);
+        let table_stride = longest.div_ceil(BLOCK_SIZE) + 1;
+        let (rows, of_block) = (lengths.len(), 2 * kv_heads * BLOCK_SIZE * head_dim);
+        let blocks = rng.shuffled(rows * table_stride);
+        let of_model = blocks.len() * of_block + 8;
+        let mut table = rng.shuffled(rows);
+        let mut model: Vec<u32> = (0..rows as u32).map(|row| row % 2).collect();
+        if rows > 1 {
+            (table[rows - 1], model[rows - 1]) = (table[0], model[0]);
+        }
+        let mut cache = Self {
+            numbers: vec![f32::NAN; 2 * of_model],
+            of_model,
+            tables: blocks,
+            table_stride,
+            table,
+            model,
+        };
+        for (row, &length) in lengths.iter().enumerate() {
+            for position in 0..length {
+                for half in 0..2 * kv_heads {
+                    let at = cache.at(case, row, position, half);
+                    cache.numbers[at..at + head_dim].copy_from_slice(&rng.numbers(head_dim));
+                }
+            }
+        }
+        cache
+    }
+
+    /// Where the head `half` of keys, then of values, begins.
+    fn at(&self, case: Case, row: usize, position: usize, half: usize) -> usize {
+        let entry = self.table[row] as usize * self.table_stride + position / BLOCK_SIZE;
+        let head = self.tables[entry] as usize * 2 * case.kv_heads + half;
+        let in_model = (head * BLOCK_SIZE + position % BLOCK_SIZE) * case.head_dim;
+        self.model[row] as usize * self.of_model + in_model
+    }
+}
+
+/// What a split of a head of a row must say: m, l and Σ e^(s − m) v, where m is the one that the kernel found.
+struct Split {
+    m: Near,
+    l: Near,
+    o: Vec<Near>,
+}
+
+fn split(
+    case: Case,
+    cache: &Cache,
+    query: &[f32],
+    (row, head, split): (usize, usize, usize),
+    m: f32,
+) -> Split {
+    let kv_head = head / (case.heads / case.kv_heads);
+    let last = case.lengths[row].min((split + 1) * SPLIT);
+    let scale = 1.0 / (case.head_dim as f64).sqrt();
+    // Positions that a lane merges, the lanes of a warp, the warps.
+    let at_once = 32 / case.lanes();
+    let merges = SPLIT / (4 * at_once) + at_once.ilog2() as usize + 4;
+    let mut top = Near { value: f64::NEG_INFINITY, error: 0.0 };
+    let mut l = Near { value: 0.0, error: 0.0 };
+    let mut o = vec![l; case.head_dim];
+    for position in split * SPLIT..last {
+        let key = &cache.numbers[cache.at(case, row, position, kv_head)..][..case.head_dim];
+        let (mut score, mut size) = (0.0, 0.0);
+        for (q, k) in query.iter().zip(key) {
+            let product = f64::from(*q) * f64::from(*k) * scale;
+            score += product;
+            size += product.abs();
+        }
+        // The scale and its product, eight products along a lane, the sum over the lanes.
+        let off = (2 + 8 + case.lanes().ilog2() as usize) as f64 * ROUNDING * size * 1.01;
+        top = Near { value: top.value.max(score), error: top.error.max(off) };
+        // Each exponential's argument is rounded twice, and all of them together come to m − s; it is good to 2 ulp, and
+        // a product and a sum follow.
+        let weight = (score - f64::from(m)).exp();
+        let roundings = 2.0 * (f64::from(m) - score).abs() + 7.0 * merges as f64;
+        let error = weight * ((off + roundings * ROUNDING).exp() - 1.0);
+        l = Near { value: l.value + weight, error: l.error + error };
+        let value = &cache.numbers[cache.at(case, row, position, case.kv_heads + kv_head)..][..case.head_dim];
+        for (o, &v) in o.iter_mut().zip(value) {
+            let v = f64::from(v);
+            *o = Near { value: o.value + weight * v, error: o.error + error * v.abs() };
+        }
+    }
+    Split { m: top, l, o }
+}
+
+/// One launch of `attention_G`: what every split wrote.
+fn attention(bed: &Bed, case: Case) -> Found {
+    let Case { heads, kv_heads, head_dim, lengths, sharpness } = case;
+    let rng = &mut Rng((heads * 1000 + head_dim + lengths.len()) as u64);
+    let (rows, splits, query_stride) = (lengths.len(), case.splits(), stride(heads * head_dim));
+    let cache = Cache::new(case, rng);
+    let queries: Vec<f32> = rng.numbers(rows * query_stride).iter().map(|x| x * sharpness).collect();
+    let position: Vec<u32> = lengths.iter().map(|&length| length as u32 - 1).collect();
+    let (on_device, queries_at) = (bed.put(&cache.numbers), bed.put(&queries));
+    let lists = [&position, &cache.table, &cache.model, &cache.tables].map(|list| bed.put(list));
+    let (partial, state) =
+        (bed.fresh(rows * heads * splits * head_dim), bed.fresh(rows * heads * splits * 2));
+    let args = AttentionArgs {
+        queries: queries_at.address(),
+        cache: on_device.address(),
+        partial: partial.address(),
+        state: state.address(),
+        position: lists[0].address(),
+        table: lists[1].address(),
+        model: lists[2].address(),
+        block_tables: lists[3].address(),
+        model_stride: (cache.of_model * size_of::<f32>()) as u64,
+        ..case.args(cache.table_stride)
+    };
+    let kernels = Kernels::load(&bed.gpu, DTYPES[0], heads / kv_heads).unwrap();
+    let (kernel, group) = (&kernels.attention.0, kernels.attention.1);
+    let chunks = (heads / kv_heads).div_ceil(group);
+    let shared = 4 * group * (head_dim + 2) * size_of::<f32>();
+    let blocks = ((kv_heads * chunks) as u32, splits as u32, rows as u32);
+    bed.launch(kernel, Grid { blocks, threads: (128, 1, 1), shared: shared as u32 }, &args)?;
+
+    let found = state.numbers(bed)?;
+    let place = |at: usize| (at / splits / heads, at / splits % heads, at % splits);
+    let expected: Vec<Option<Split>> = (0..rows * heads * splits)
+        .map(|at| {
+            let (row, head, of_row) = place(at);
+            let query = &queries[row * query_stride + head * head_dim..][..head_dim];
+            let exists = of_row * SPLIT < lengths[row];
+            exists.then(|| split(case, &cache, query, (row, head, of_row), found[2 * at]))
+        })
+        .collect();
+    state.check(bed, &case, |at| {
+        expected[at / 2].as_ref().map(|split| if at % 2 == 0 { split.m } else { split.l })
+    })?;
+    partial.check(bed, &case, |at| expected[at / head_dim].as_ref().map(|split| split.o[at % head_dim]))
+}
+
+/// One launch of `attention_merge`, over partial results of any size, NaN where a row has no split.
+fn merge(bed: &Bed, case: Case) -> Found {
+    let Case { heads, head_dim, lengths, sharpness, .. } = case;
+    let rng = &mut Rng((heads * 77 + head_dim) as u64);
+    let (rows, splits, query_stride) = (lengths.len(), case.splits(), stride(heads * head_dim));
+    let exists = |at: usize| at % splits * SPLIT < lengths[at / splits / heads];
+    let (mut state, mut partial) = (Vec::new(), Vec::new());
+    for at in 0..rows * heads * splits {
+        let numbers = if exists(at) { rng.numbers(2 + head_dim) } else { vec![f32::NAN; 2 + head_dim] };
+        // At least one position has weight 1.
+        state.extend([sharpness * numbers[0], 1.0 + numbers[1].abs()]);
+        partial.extend_from_slice(&numbers[2..]);
+    }
+    let position: Vec<u32> = lengths.iter().map(|&length| length as u32 - 1).collect();
+    let (states, partials, positions) = (bed.put(&state), bed.put(&partial), bed.put(&position));
+    let attended = bed.fresh(rows * query_stride);
+    let args = AttentionArgs {
+        partial: partials.address(),
+        state: states.address(),
+        attended: attended.address(),
+        position: positions.address(),
+        ..case.args(1)
+    };
+    let kernel = bed.gpu.kernel("attention", "attention_merge").unwrap();
+    let grid = Grid { blocks: (heads as u32, rows as u32, 1), threads: (128, 1, 1), shared: 0 };
+    bed.launch(&kernel, grid, &args)?;
+    attended.check(bed, &case, |at| {
+        let (row, at) = (at / query_stride, at % query_stride);
+        let (head, i) = (at < heads * head_dim).then(|| (at / head_dim, at % head_dim))?;
+        let first = (row * heads + head) * splits;
+        let of_row = first..first + lengths[row].div_ceil(SPLIT);
+        let top = of_row.clone().map(|at| f64::from(state[2 * at])).fold(f64::NEG_INFINITY, f64::max);
+        let (mut sum, mut total) = ([0.0; 2], [0.0; 2]);
+        for at in of_row.clone() {
+            let below = f64::from(state[2 * at]) - top;
+            // As in `split`; a product and a sum for each split.
+            let off = (2.0 * below.abs() + 4.0 + 2.0 * of_row.len() as f64) * ROUNDING;
+            let (l, o) = (f64::from(state[2 * at + 1]), f64::from(partial[at * head_dim + i]));
+            sum = [sum[0] + below.exp() * o, sum[1] + below.exp() * o.abs() * off];
+            total = [total[0] + below.exp() * l, total[1] + below.exp() * l * off];
+        }
+        let value = sum[0] / total[0];
+        let error = sum[1] / total[0] + value.abs() * (total[1] / total[0] + ROUNDING);
+        Some(Near { value, error: 1.01 * error })
+    })
+}
+
+/// Lengths around the borders of blocks of 16 and of splits of 256, in rows that differ.
+const SHORT: &[usize] = &[1, 15, 16, 17, 2, 33, 9];
+const LONG: &[usize] = &[255, 1, 257, 512, 256, 513, 100];
+const LONGEST: &[usize] = &[1025, 768, 769, 17];
+
+fn cases() -> Vec<Case> {
+    let case = |heads, kv_heads, head_dim| Case { heads, kv_heads, head_dim, lengths: SHORT, sharpness: 1.0 };
+    let shapes = [
+        case(2, 2, 64),
+        case(4, 2, 64),
+        case(4, 1, 96),
+        case(7, 1, 128),
+        case(14, 2, 64),
+        case(1, 1, 256),
+        case(2, 1, 10),
+        case(6, 2, 44),
+        case(9, 1, 2),
+    ];
+    let mut all = Vec::new();
+    for (index, case) in shapes.into_iter().enumerate() {
+        for (turn, lengths) in [SHORT, LONG].into_iter().enumerate() {
+            all.push(Case { lengths, sharpness: [1.0, 0.03][(index + turn) % 2], ..case });
+        }
+    }
+    all.push(Case { lengths: LONGEST, sharpness: 0.1, ..case(7, 1, 64) });
+    all.push(Case { lengths: &[1], ..case(3, 1, 64) });
+    all
+}
+
+#[test]
+fn splits_against_a_plain_softmax() {
+    let bed = Bed::new();
+    for case in cases() {
+        attention(&bed, case).unwrap();
+    }
+}
+
+#[test]
+fn the_merge_against_a_plain_sum() {
+    let bed = Bed::new();
+    for case in cases() {
+        merge(&bed, case).unwrap();
+    }
+}
+
+#[test]
+fn a_wrong_number_is_noticed() {
+    const CASE: Case =
+        Case { heads: 4, kv_heads: 2, head_dim: 20, lengths: &[300, 30, 17, 270], sharpness: 0.1 };
+    let numbers = [
+        (72, "model_stride"),
+        (80, "query_stride"),
+        (84, "table_stride"),
+        (88, "heads"),
+        (92, "kv_heads"),
+        (96, "head_dim"),
+        (100, "splits"),
+    ];
+    for (at, name) in numbers {
+        assert_noticed("attention_2", at, name, |bed| attention(bed, CASE));
+    }
+    for (at, name) in [(80, "query_stride"), (88, "heads"), (96, "head_dim"), (100, "splits")] {
+        assert_noticed("attention_merge", at, name, |bed| merge(bed, CASE));
+    }
+}

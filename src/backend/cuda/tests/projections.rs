@@ -1,0 +1,453 @@
+//! projections.cuh: each of the four kernels, in every dtype and for every number of rows.
+
+use super::bed::{Arena, Bed, DTYPES, Found, Near, Rng, Sum, assert_noticed, firsts, padded, sets_of};
+use crate::backend::cuda::device::Grid;
+use crate::backend::cuda::kernels::{
+    IntoArgs, Kernels, LmHeadArgs, MOST_ROWS, PANEL, Product, Projections, QkvArgs, WARPS, staging,
+};
+use crate::backend::cuda::memory::Buffer;
+use crate::backend::cuda::weights::stride;
+use crate::kv_cache::BLOCK_SIZE;
+use crate::weights::Dtype;
+
+const NO_ADAPTER: u32 = u32::MAX;
+const EPS: f32 = 1e-5;
+
+/// What a projection is given.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    dtype: Dtype,
+    /// Of each set.
+    rows: &'static [usize],
+    cols: usize,
+    bias: bool,
+    /// Of two adapters, which rows have by turns; 0 for none.
+    rank: usize,
+}
+
+/// One set's tensors as they are stored.
+struct Set {
+    weights: Vec<f32>,
+    bias: Vec<f32>,
+    norm: Vec<f32>,
+}
+
+/// One adapter's B, `(n, rank)`.
+type LoraB = Vec<f32>;
+
+/// A case on the GPU, and in numbers.
+struct Problem {
+    case: Case,
+    segments: usize,
+    norm: bool,
+    x: Vec<f32>,
+    sets: Vec<Set>,
+    set_of: Vec<usize>,
+    adapter: Vec<u32>,
+    lora_b: Vec<LoraB>,
+    lora_t: Vec<f32>,
+    product: Product,
+    rng: Rng,
+    /// What the addresses in `product` are of.
+    _alive: (Buffer<u8>, [Buffer<f32>; 3], [Buffer<u32>; 2]),
+}
+
+impl Problem {
+    /// `n` outputs of `segments` stacked projections.
+    fn new(bed: &Bed, case: Case, (n, segments, norm): (usize, usize, bool)) -> Self {
+        let Case { dtype, rows, cols, bias, rank } = case;
+        let mut rng = Rng((n * 7919 + cols * 31 + rank) as u64 + rows.len() as u64);
+        let (mut arena, mut sets, mut places) = (Arena::default(), Vec::new(), [0; 3]);
+        for set in 0..rows.len() {
+            let (weights, biases, norms) = (
+                arena.matrix(&mut rng, dtype, n, cols),
+                arena.vector(&mut rng, n),
+                arena.vector(&mut rng, cols),
+            );
+            arena.end();
+            if set == 0 {
+                places = [weights.0, biases.0, norms.0];
+            }
+            sets.push(Set { weights: weights.1, bias: biases.1, norm: norms.1 });
+        }
+        let set_stride = arena.bytes.len() / rows.len();
+        let set_of = sets_of(rows);
+        let x = rng.numbers(set_of.len() * cols);
+        let lora_b: Vec<LoraB> = (0..2).map(|_| rng.numbers(n * rank)).collect();
+        let lora_t = rng.numbers(set_of.len() * segments * rank);
+        let adapter: Vec<u32> = (0..set_of.len()).map(|row| [1, NO_ADAPTER, 0][row % 3]).collect();
+        let bytes = bed.put(&arena.bytes);
+        let f32s = [bed.put(&padded(&x, cols, 0.0)), bed.put(&lora_b.concat()), bed.put(&lora_t)];
+        let u32s = [bed.put(&firsts(rows)), bed.put(&adapter)];
+        let product = Product {
+            x: f32s[0].address(),
+            weights: bytes.address() + places[0],
+            bias: if bias { bytes.address() + places[1] } else { 0 },
+            norm: if norm { bytes.address() + places[2] } else { 0 },
+            set_first: u32s[0].address(),
+            rows: 0,
+            lora_b: if rank > 0 { f32s[1].address() } else { 0 },
+            lora_t: f32s[2].address(),
+            adapter: u32s[1].address(),
+            set_stride: set_stride as u64,
+            lora_stride: (n * rank * size_of::<f32>()) as u64,
+            n: n as u32,
+            cols: cols as u32,
+            stride: stride(cols) as u32,
+            skip: 0,
+            chunk: 0,
+            rank: rank as u32,
+            segments: segments as u32,
+            eps: EPS,
+        };
+        let _alive = (bytes, f32s, u32s);
+        Self { case, segments, norm, x, sets, set_of, adapter, lora_b, lora_t, product, rng, _alive }
+    }
+
+    fn rows(&self) -> usize {
+        self.set_of.len()
+    }
+
+    /// The most rows of a set.
+    fn most_rows(&self) -> usize {
+        self.case.rows.iter().max().copied().unwrap_or(0)
+    }
+
+    /// Output `n` of a row, which belongs to this segment.
+    fn y(&self, row: usize, n: usize, segment: usize) -> Sum {
+        let (cols, rank) = (self.case.cols, self.case.rank);
+        let set = &self.sets[self.set_of[row]];
+        let x = &self.x[row * cols..][..cols];
+        let (mut sum, mut squares) = (Sum::default(), 0.0);
+        for ((x, w), norm) in x.iter().zip(&set.weights[n * cols..][..cols]).zip(&set.norm) {
+            let (x, norm) = (f64::from(*x), if self.norm { f64::from(*norm) } else { 1.0 });
+            sum.add(x * f64::from(*w) * norm);
+            squares += x * x;
+        }
+        if self.norm {
+            sum = sum.times((squares / cols as f64 + f64::from(EPS)).sqrt().recip());
+        }
+        let adapter = self.adapter[row] as usize;
+        if rank > 0 && self.adapter[row] != NO_ADAPTER {
+            let t = &self.lora_t[(row * self.segments + segment) * rank..][..rank];
+            let b = &self.lora_b[adapter][n * rank..][..rank];
+            b.iter().zip(t).for_each(|(b, t)| sum.add(f64::from(*b) * f64::from(*t)));
+        }
+        if self.case.bias {
+            sum.add(f64::from(set.bias[n]));
+        }
+        sum
+    }
+
+    /// Roundings of a term on its way into y: eight products a panel along a lane, five steps over the lanes; x · norm;
+    /// the squares, whose relative error is halved by the root (eight a panel half, five over the lanes, one a panel);
+    /// mean, ε, root, reciprocal, the scaling; B t of up to 32 steps; two more additions.
+    fn roundings(&self) -> usize {
+        let panels = self.case.cols.div_ceil(PANEL);
+        8 * panels + 5 + 1 + (8 + 5 + panels) / 2 + 5 + self.case.rank.div_ceil(32) + 5 + 2
+    }
+
+    /// What `Group::project` launches.
+    fn project<A: cudarc::driver::DeviceRepr>(
+        &self,
+        bed: &Bed,
+        projections: &Projections,
+        units: usize,
+        rows: usize,
+        args: impl Fn(Product) -> A,
+    ) -> Found {
+        let mut product = self.product;
+        let tiles = units.div_ceil(WARPS);
+        for skip in (0..rows).step_by(MOST_ROWS) {
+            let (kernel, most) = projections.for_rows(rows - skip);
+            let (chunk, shared) = staging(most, product.stride as usize);
+            product.skip = skip as u32;
+            product.chunk = chunk as u32;
+            let blocks = tiles.min(2 * bed.gpu.multiprocessors()).max(1);
+            let grid = Grid {
+                blocks: (blocks as u32, 1, self.sets.len() as u32),
+                threads: (WARPS as u32 * 32, 1, 1),
+                shared: shared as u32,
+            };
+            bed.launch(kernel, grid, &args(product))?;
+        }
+        Ok(())
+    }
+
+    fn kernels(&self, bed: &Bed) -> Kernels {
+        Kernels::load(&bed.gpu, self.case.dtype, 1).unwrap()
+    }
+}
+
+/// The output projection, and that of the feed-forward: hidden += W x + b.
+fn residual(bed: &Bed, case: Case, n: usize) -> Found {
+    let mut problem = Problem::new(bed, case, (n, 1, false));
+    let width = stride(n);
+    let before = problem.rng.numbers(problem.rows() * width);
+    let hidden = bed.output(&before);
+    let kernels = problem.kernels(bed);
+    problem.project(bed, &kernels.residual, n.div_ceil(4), problem.most_rows(), |product| IntoArgs {
+        product,
+        to: hidden.address(),
+        to_stride: width as u32,
+    })?;
+    hidden.check(bed, &(case, n), |at| {
+        let (row, i) = (at / width, at % width);
+        let mut sum = (i < n).then(|| problem.y(row, i, 0))?;
+        sum.add(f64::from(before[at]));
+        Some(sum.rounded(problem.roundings() + 1))
+    })
+}
+
+/// silu(g) and its error, where g is as far off as it may be.
+fn silu(g: Near) -> Near {
+    let value = g.value / (1.0 + (-g.value).exp());
+    // |silu′| ≤ 1.1. The exponential is 2 to the power of g · log₂ e, which is rounded (half an ulp of |g| log₂ e, worth
+    // |g| roundings), to 2 ulp; a sum and a division follow.
+    let roundings = 2.0 * g.value.abs() + 8.0;
+    Near { value, error: 1.1 * g.error + value.abs() * roundings * super::bed::ROUNDING }
+}
+
+/// RMSNorm, gate and up, and SiLU.
+fn gate_up(bed: &Bed, case: Case, size: usize) -> Found {
+    let problem = Problem::new(bed, case, (2 * size, 2, true));
+    let width = stride(size);
+    let activated = bed.fresh(problem.rows() * width);
+    let kernels = problem.kernels(bed);
+    problem.project(bed, &kernels.gate_up, size.div_ceil(2), problem.most_rows(), |product| IntoArgs {
+        product,
+        to: activated.address(),
+        to_stride: width as u32,
+    })?;
+    activated.check(bed, &(case, size), |at| {
+        let (row, i) = (at / width, at % width);
+        let roundings = problem.roundings();
+        let gate = (i < size).then(|| problem.y(row, i, 0))?.rounded(roundings);
+        let (gate, up) = (silu(gate), problem.y(row, size + i, 1).rounded(roundings + 1));
+        let error = gate.error * (up.value.abs() + up.error) + gate.value.abs() * up.error;
+        Some(Near { value: gate.value * up.value, error })
+    })
+}
+
+/// The last RMSNorm and the output embedding, for some rows of each set, in no order, to slots in no order.
+fn lm_head(bed: &Bed, case: Case, vocab_size: usize) -> Found {
+    let mut problem = Problem::new(bed, Case { bias: false, rank: 0, ..case }, (vocab_size, 1, true));
+    // Every second row of a set, from its last on.
+    let mut wanted: Vec<u32> = Vec::new();
+    let mut wanted_of_sets = Vec::new();
+    for ends in firsts(case.rows).windows(2) {
+        let before = wanted.len();
+        wanted.extend((ends[0]..ends[1]).rev().step_by(2));
+        wanted_of_sets.push(wanted.len() - before);
+    }
+    let slots = wanted.len() + 3;
+    let slot = &problem.rng.shuffled(slots)[..wanted.len()];
+    let width = stride(vocab_size);
+    let logits = bed.fresh(slots * width);
+    let lists = [bed.put(&firsts(&wanted_of_sets)), bed.put(&wanted), bed.put(slot)];
+    problem.product.set_first = lists[0].address();
+    problem.product.rows = lists[1].address();
+    let most = wanted_of_sets.iter().max().copied().unwrap_or(0);
+    let kernels = problem.kernels(bed);
+    problem.project(bed, &kernels.lm_head, vocab_size.div_ceil(4), most, |product| LmHeadArgs {
+        product,
+        logits: logits.address(),
+        slot: lists[2].address(),
+        vocab_stride: width as u32,
+    })?;
+    logits.check(bed, &(case, vocab_size), |at| {
+        let (in_slot, id) = (at / width, at % width);
+        let index = slot.iter().position(|&slot| slot as usize == in_slot)?;
+        let sum = (id < vocab_size).then(|| problem.y(wanted[index] as usize, id, 0))?;
+        Some(sum.rounded(problem.roundings()))
+    })
+}
+
+/// Heads, key heads, head size.
+type Heads = (usize, usize, usize);
+
+/// RMSNorm, queries, keys and values, RoPE, and the cache.
+fn qkv(bed: &Bed, case: Case, (heads, kv_heads, head_dim): Heads) -> Found {
+    const POSITIONS: usize = 70;
+    let outputs = (heads + 2 * kv_heads) * head_dim;
+    let mut problem = Problem::new(bed, case, (outputs, 3, true));
+    let (rows, half, models) = (problem.rows(), head_dim / 2, case.rows.len());
+    let angles: Vec<f32> = problem.rng.numbers(POSITIONS * half);
+    let [cos, sin] = [f32::cos, f32::sin].map(|f| angles.iter().map(|&x| f(x)).collect::<Vec<f32>>());
+    // A block for each row, in no order; the rest of the tables names blocks that there aren't.
+    let table_stride = POSITIONS / BLOCK_SIZE + 1;
+    let (block, table) = (problem.rng.shuffled(rows + 1), problem.rng.shuffled(rows));
+    let mut position: Vec<u32> = (0..rows).map(|_| problem.rng.below(POSITIONS) as u32).collect();
+    position[0] = POSITIONS as u32 - 1;
+    let model: Vec<u32> = problem.set_of.iter().map(|&set| (models - 1 - set) as u32).collect();
+    let mut tables = vec![u32::MAX; rows * table_stride];
+    for row in 0..rows {
+        tables[table[row] as usize * table_stride + position[row] as usize / BLOCK_SIZE] = block[row];
+    }
+    let of_block = 2 * kv_heads * BLOCK_SIZE * head_dim;
+    let of_model = (rows + 1) * of_block + 64;
+    let (cache, query_stride) = (bed.fresh(models * of_model), stride(heads * head_dim));
+    let queries = bed.fresh(rows * query_stride);
+    let (cos_at, sin_at) = (bed.put(&cos), bed.put(&sin));
+    let lists = [&position, &table, &model, &tables].map(|list| bed.put(list));
+    let kernels = problem.kernels(bed);
+    let units = (outputs / 2).div_ceil(2);
+    problem.project(bed, &kernels.qkv, units, problem.most_rows(), |product| QkvArgs {
+        product,
+        queries: queries.address(),
+        cache: cache.address(),
+        cos: cos_at.address(),
+        sin: sin_at.address(),
+        position: lists[0].address(),
+        table: lists[1].address(),
+        model: lists[2].address(),
+        block_tables: lists[3].address(),
+        model_stride: (of_model * size_of::<f32>()) as u64,
+        query_stride: query_stride as u32,
+        table_stride: table_stride as u32,
+        heads: heads as u32,
+        kv_heads: kv_heads as u32,
+        head_dim: head_dim as u32,
+    })?;
+    // Number i of a head of queries (0), keys (1) or values (2), whose first output is `first`.
+    let head = |row: usize, first: usize, segment: usize, i: usize| {
+        let y = |i: usize| problem.y(row, first + i, segment);
+        if segment == 2 {
+            return y(i).rounded(problem.roundings());
+        }
+        let angle = position[row] as usize * half + i % half;
+        let (c, s) = (f64::from(cos[angle]), f64::from(sin[angle]));
+        let s = if i < half { -s } else { s };
+        // A product and a sum more.
+        y(i).times(c).plus(y((i + half) % head_dim).times(s)).rounded(problem.roundings() + 2)
+    };
+    let what = (case, heads, kv_heads, head_dim);
+    queries.check(bed, &what, |at| {
+        let (row, at) = (at / query_stride, at % query_stride);
+        (at < heads * head_dim).then(|| head(row, at / head_dim * head_dim, 0, at % head_dim))
+    })?;
+    cache.check(bed, &what, |at| {
+        let (in_model, at) = (at / of_model, at % of_model);
+        let (in_block, at) = (at / of_block, at % of_block);
+        let (is_value, at) = (at / (of_block / 2), at % (of_block / 2));
+        let (kv_head, at) = (at / (BLOCK_SIZE * head_dim), at % (BLOCK_SIZE * head_dim));
+        let (slot, i) = (at / head_dim, at % head_dim);
+        let row = (0..rows).find(|&row| {
+            (model[row] as usize, block[row] as usize) == (in_model, in_block)
+                && position[row] as usize % BLOCK_SIZE == slot
+        })?;
+        let first = (heads + is_value * kv_heads + kv_head) * head_dim;
+        Some(head(row, first, 1 + is_value, i))
+    })
+}
+
+/// Rows of each set: those that each M is for, both ends of it, several sets, and more than one launch computes.
+const ROWS: [&[usize]; 11] =
+    [&[1], &[2], &[4], &[5], &[7], &[8], &[9], &[16], &[1, 1, 1], &[3, 0, 16], &[2, 19]];
+
+/// Every dtype with all of `ROWS`, and widths that no vector, warp or panel divides, by turns.
+fn cases() -> impl Iterator<Item = (usize, Case)> {
+    let cols = [1, 7, 44, 128, 264, 520, 1111];
+    let all = DTYPES.into_iter().flat_map(|dtype| ROWS.map(|rows| (dtype, rows)));
+    all.enumerate().map(move |(index, (dtype, rows))| {
+        let case = Case {
+            dtype,
+            rows,
+            cols: cols[index % cols.len()],
+            bias: index % 2 == 0,
+            rank: [0, 8, 40][index % 3],
+        };
+        (index, case)
+    })
+}
+
+#[test]
+fn residual_against_a_plain_sum() {
+    let bed = Bed::new();
+    for (index, case) in cases() {
+        residual(&bed, case, [1, 3, 44, 67][index % 4]).unwrap();
+    }
+}
+
+#[test]
+fn gate_up_against_a_plain_sum() {
+    let bed = Bed::new();
+    for (index, case) in cases() {
+        gate_up(&bed, case, [1, 2, 33, 70][index % 4]).unwrap();
+    }
+}
+
+#[test]
+fn lm_head_against_a_plain_sum() {
+    let bed = Bed::new();
+    for (index, case) in cases() {
+        lm_head(&bed, case, [1, 7, 64, 111][index % 4]).unwrap();
+    }
+}
+
+#[test]
+fn qkv_against_a_plain_sum() {
+    let heads = [(2, 1, 64), (1, 1, 96), (2, 2, 128), (1, 1, 256), (3, 1, 10), (7, 1, 2)];
+    let bed = Bed::new();
+    for (index, case) in cases() {
+        let cols = if index % 4 == 3 { 128 } else { case.cols.min(264) };
+        qkv(&bed, Case { cols, ..case }, heads[index % heads.len()]).unwrap();
+    }
+}
+
+/// More panels than shared memory holds, for one row and for many; and more tiles than the GPU runs blocks.
+#[test]
+fn long_rows_and_many_outputs() {
+    let bed = Bed::new();
+    let case = Case { dtype: Dtype::Bf16, rows: &[1], cols: 11_790, bias: true, rank: 0 };
+    residual(&bed, case, 5).unwrap();
+    gate_up(&bed, Case { dtype: Dtype::F32, ..case }, 3).unwrap();
+    residual(&bed, Case { rows: &[4], cols: 3300, ..case }, 6).unwrap();
+    lm_head(&bed, Case { rows: &[9], cols: 44, ..case }, 7001).unwrap();
+    lm_head(&bed, Case { rows: &[31, 1], cols: 530, dtype: Dtype::F16, ..case }, 7001).unwrap();
+}
+
+#[test]
+fn a_wrong_number_is_noticed() {
+    const CASE: Case = Case { dtype: Dtype::Bf16, rows: &[3, 4], cols: 44, bias: true, rank: 8 };
+    const PRODUCT: usize = 88;
+    let of_product = [(0, "n"), (4, "cols"), (8, "stride"), (12, "skip"), (20, "rank"), (24, "segments")];
+    for (at, name) in of_product {
+        let normed = |bed: &Bed| qkv(bed, CASE, (3, 1, 10));
+        // The number of outputs is told twice, and this kernel takes the other one.
+        if name != "n" {
+            assert_noticed("qkv_bf16_4", PRODUCT + at, name, normed);
+        }
+        if !["cols", "segments"].contains(&name) {
+            assert_noticed("gemv_residual_bf16_4", PRODUCT + at, name, |bed| residual(bed, CASE, 30));
+        }
+        // This one halves the number of outputs.
+        if name != "n" {
+            assert_noticed("gate_up_bf16_4", PRODUCT + at, name, |bed| gate_up(bed, CASE, 31));
+        }
+        if !["rank", "segments"].contains(&name) {
+            let case = Case { rows: &[7, 8], ..CASE };
+            assert_noticed("lm_head_bf16_4", PRODUCT + at, name, |bed| lm_head(bed, case, 111));
+        }
+    }
+    for (at, name) in [(184, "model_stride"), (192, "query_stride"), (196, "table_stride"), (200, "heads")] {
+        assert_noticed("qkv_bf16_4", at, name, |bed| qkv(bed, CASE, (3, 1, 10)));
+    }
+    for (at, name) in [(72, "set_stride"), (80, "lora_stride"), (204, "kv_heads"), (208, "head_dim")] {
+        assert_noticed("qkv_bf16_4", at, name, |bed| qkv(bed, CASE, (3, 1, 10)));
+    }
+}
+
+/// The comparison itself can fail: a number next to the one that was expected is not near it.
+#[test]
+fn the_tolerance_is_tight() {
+    let bed = Bed::new();
+    let case = Case { dtype: Dtype::F32, rows: &[2], cols: 300, bias: true, rank: 8 };
+    let problem = Problem::new(&bed, case, (4, 1, true));
+    for row in 0..2 {
+        let near = problem.y(row, 1, 0).rounded(problem.roundings());
+        let Near { value, error } = near;
+        // A dropped column is worth 1/300 of the sum of sizes.
+        assert!(error < problem.y(row, 1, 0).size / 30_000.0, "{error} of {value}");
+    }
+}
