@@ -285,6 +285,7 @@ fn splits_against_a_plain_softmax() {
     for case in cases() {
         attention(&bed, case).unwrap();
     }
+    bed.assert_every(&["attention"], |name| name != "attention_merge");
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! plain f64 sum, or with what lay there before where the kernel must not write. It says what is wrong instead of
 //! failing, so that another test can break an argument and see that it is found.
 
+use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use virtual_gpu::host;
 
 use super::virtual_gpu;
 use crate::backend::cuda::device::{Gpu, Grid, Kernel};
+use crate::backend::cuda::images;
 use crate::backend::cuda::memory::Buffer;
 use crate::backend::cuda::weights::stride;
 use crate::weights::Dtype;
@@ -45,6 +47,8 @@ impl Bed {
         let (device, gpu) = virtual_gpu("a100");
         // A loop without end ends here.
         device.budget(50_000_000);
+        // Blocks and warps come in any order.
+        device.seed(11);
         let stream = gpu.stream().unwrap();
         Self { device, gpu, stream }
     }
@@ -69,6 +73,23 @@ impl Bed {
         // SAFETY: `args` is the struct of that kernel; the virtual GPU checks every address before it is used.
         let launched = unsafe { self.gpu.launch(&self.stream, kernel, grid, args) };
         launched.and_then(|()| self.gpu.synchronize(&self.stream)).map_err(|error| error.to_string())
+    }
+
+    /// Whether the kernels launched here are all of an image that `is_mine` names.
+    pub(super) fn assert_every(&self, modules: &[&str], is_mine: impl Fn(&str) -> bool) {
+        let text: String = modules.iter().filter_map(|module| images::ptx(module)).collect();
+        let names = text.lines().filter_map(|line| line.split_once(".entry "));
+        let names = names.map(|(_, name)| name.trim_end_matches('(').trim().to_owned());
+        let shipped: BTreeSet<String> = names.filter(|name| is_mine(name)).collect();
+        let launched: BTreeSet<String> = self
+            .device
+            .launches()
+            .into_iter()
+            .map(|launch| launch.kernel)
+            .filter(|name| is_mine(name))
+            .collect();
+        assert!(!shipped.is_empty());
+        assert_eq!(launched, shipped);
     }
 
     /// An output, with `before` in it, between guards.
@@ -96,9 +117,13 @@ impl Output {
         self.buffer.address() + (GUARD * size_of::<f32>()) as u64
     }
 
-    /// What lies there, without the guards.
+    /// What lies there, between guards that are as they were.
     pub(super) fn numbers(&self, bed: &Bed) -> Result<Vec<f32>, String> {
         let all = bed.back(&self.buffer)?;
+        let guards = all[..GUARD].iter().chain(&all[all.len() - GUARD..]);
+        if guards.clone().any(|number| number.to_bits() != POISON) {
+            return Err(format!("guards of {} numbers: {:?}", all.len(), guards.collect::<Vec<_>>()));
+        }
         Ok(all[GUARD..all.len() - GUARD].to_vec())
     }
 
@@ -141,8 +166,8 @@ impl Near {
 
     pub(super) fn holds(self, found: f32) -> bool {
         // Below the normal numbers an f32 has no relative precision.
-        (f64::from(found) - self.value).abs() <= self.error + f64::from(f32::MIN_POSITIVE)
-            || (self.error == 0.0 && f64::from(found) == self.value)
+        let least = if self.error > 0.0 { f64::from(f32::MIN_POSITIVE) } else { 0.0 };
+        (f64::from(found) - self.value).abs() <= self.error + least
     }
 }
 

@@ -60,6 +60,7 @@ fn rows_of_the_table() {
             embed(&bed, dtype, rows, shape).unwrap();
         }
     }
+    bed.assert_every(&["embed"], |_| true);
 }
 
 #[test]

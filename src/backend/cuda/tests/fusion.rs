@@ -305,6 +305,7 @@ fn every_rule_against_the_paper() {
             check(&bed, &models, &rules(experts)).unwrap();
         }
     }
+    bed.assert_every(&["fusion"], |_| true);
 }
 
 #[test]

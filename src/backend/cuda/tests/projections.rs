@@ -1,9 +1,14 @@
 //! projections.cuh: each of the four kernels, in every dtype and for every number of rows.
 
-use super::bed::{Arena, Bed, DTYPES, Found, Near, Rng, Sum, assert_noticed, firsts, padded, sets_of};
+use half::{bf16, f16};
+
+use super::bed::{
+    Arena, Bed, DTYPES, Found, Near, ROUNDING, Rng, Sum, assert_noticed, firsts, padded, sets_of,
+};
 use crate::backend::cuda::device::Grid;
 use crate::backend::cuda::kernels::{
-    IntoArgs, Kernels, LmHeadArgs, MOST_ROWS, PANEL, Product, Projections, QkvArgs, WARPS, staging,
+    IntoArgs, Kernels, LmHeadArgs, MOST_ROWS, PANEL, Product, Projections, QkvArgs, SplitArgs, WARPS,
+    WIDE_ROWS, WIDE_UNITS, staging,
 };
 use crate::backend::cuda::memory::Buffer;
 use crate::backend::cuda::weights::stride;
@@ -43,6 +48,10 @@ struct Problem {
     x: Vec<f32>,
     sets: Vec<Set>,
     set_of: Vec<usize>,
+    /// The rows that are computed, set by set.
+    indices: Vec<u32>,
+    /// Of the set that has the most of them.
+    most: usize,
     adapter: Vec<u32>,
     lora_b: Vec<LoraB>,
     lora_t: Vec<f32>,
@@ -72,6 +81,8 @@ impl Problem {
         }
         let set_stride = arena.bytes.len() / rows.len();
         let set_of = sets_of(rows);
+        let indices = (0..set_of.len() as u32).collect();
+        let most = rows.iter().max().copied().unwrap_or(0);
         let x = rng.numbers(set_of.len() * cols);
         let lora_b: Vec<LoraB> = (0..2).map(|_| rng.numbers(n * rank)).collect();
         let lora_t = rng.numbers(set_of.len() * segments * rank);
@@ -101,16 +112,31 @@ impl Problem {
             eps: EPS,
         };
         let _alive = (bytes, f32s, u32s);
-        Self { case, segments, norm, x, sets, set_of, adapter, lora_b, lora_t, product, rng, _alive }
+        Self {
+            case,
+            segments,
+            norm,
+            x,
+            sets,
+            set_of,
+            indices,
+            most,
+            adapter,
+            lora_b,
+            lora_t,
+            product,
+            rng,
+            _alive,
+        }
     }
 
     fn rows(&self) -> usize {
         self.set_of.len()
     }
 
-    /// The most rows of a set.
-    fn most_rows(&self) -> usize {
-        self.case.rows.iter().max().copied().unwrap_or(0)
+    /// Whether tensor cores compute it.
+    fn is_wide(&self) -> bool {
+        self.case.dtype != Dtype::F32 && self.most > MOST_ROWS
     }
 
     /// Output `n` of a row, which belongs to this segment.
@@ -142,9 +168,17 @@ impl Problem {
     /// Roundings of a term on its way into y: eight products a panel along a lane, five steps over the lanes; x · norm;
     /// the squares, whose relative error is halved by the root (eight a panel half, five over the lanes, one a panel);
     /// mean, ε, root, reciprocal, the scaling; B t of up to 32 steps; two more additions.
+    ///
+    /// On tensor cores: two sums of each 16 columns, which may be cut off instead of rounded; what two 16-bit numbers
+    /// lose, 2⁻¹⁶ in bf16 and 2⁻²² in f16; the squares along 128 lanes; B t in one go; and the rest as above.
     fn roundings(&self) -> usize {
-        let panels = self.case.cols.div_ceil(PANEL);
-        8 * panels + 5 + 1 + (8 + 5 + panels) / 2 + 5 + self.case.rank.div_ceil(32) + 5 + 2
+        let Case { dtype, cols, rank, .. } = self.case;
+        if self.is_wide() {
+            let split = if dtype == Dtype::Bf16 { 256 } else { 4 };
+            return 4 * cols.div_ceil(16) + split + 1 + (4 * cols.div_ceil(512) + 8) / 2 + 5 + rank + 2;
+        }
+        let panels = cols.div_ceil(PANEL);
+        8 * panels + 5 + 1 + (8 + 5 + panels) / 2 + 5 + rank.div_ceil(32) + 5 + 2
     }
 
     /// What `Group::project` launches.
@@ -153,25 +187,79 @@ impl Problem {
         bed: &Bed,
         projections: &Projections,
         units: usize,
-        rows: usize,
         args: impl Fn(Product) -> A,
     ) -> Found {
-        let mut product = self.product;
+        let (mut product, sets) = (self.product, self.sets.len() as u32);
+        if let Some(kernel) = projections.wide(self.most) {
+            let split = bed.fresh(self.indices.len() * (product.stride as usize + 4));
+            let grid = Grid { blocks: (self.indices.len() as u32, 1, 1), threads: (128, 1, 1), shared: 0 };
+            let split_rows = self.kernels(bed).split_rows.ok_or("no split_rows")?;
+            bed.launch(&split_rows, grid, &SplitArgs { product, to: split.address() })?;
+            self.check_split(&split.numbers(bed)?)?;
+            product.x = split.address();
+            let blocks = (self.most.div_ceil(WIDE_ROWS) as u32, units.div_ceil(WIDE_UNITS) as u32, sets);
+            return bed.launch(kernel, Grid { blocks, threads: (256, 1, 1), shared: 0 }, &args(product));
+        }
         let tiles = units.div_ceil(WARPS);
-        for skip in (0..rows).step_by(MOST_ROWS) {
-            let (kernel, most) = projections.for_rows(rows - skip);
+        for skip in (0..self.most).step_by(MOST_ROWS) {
+            let (kernel, most) = projections.few(self.most - skip);
             let (chunk, shared) = staging(most, product.stride as usize);
             product.skip = skip as u32;
             product.chunk = chunk as u32;
             let blocks = tiles.min(2 * bed.gpu.multiprocessors()).max(1);
             let grid = Grid {
-                blocks: (blocks as u32, 1, self.sets.len() as u32),
+                blocks: (blocks as u32, 1, sets),
                 threads: (WARPS as u32 * 32, 1, 1),
                 shared: shared as u32,
             };
             bed.launch(kernel, grid, &args(product))?;
         }
         Ok(())
+    }
+
+    /// What `split_rows` wrote for each index: (high + low) · factor is the row, normalised.
+    fn check_split(&self, split: &[f32]) -> Found {
+        let (cols, width) = (self.case.cols, self.product.stride as usize);
+        for (&row, split) in self.indices.iter().zip(split.chunks(width + 4)) {
+            let halves: Vec<f64> = split.iter().flat_map(|pair| self.halves(*pair)).collect();
+            let factor = f64::from(split[width]);
+            let x = &self.x[row as usize * cols..][..cols];
+            let squares: f64 = x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
+            let scale = (squares / cols as f64 + f64::from(EPS)).sqrt().recip();
+            let exact = |k: usize| match (x.get(k), self.norm) {
+                (None, _) => 0.0,
+                (Some(x), false) => f64::from(*x),
+                (Some(x), true) => {
+                    f64::from(*x) * f64::from(self.sets[self.set_of[row as usize]].norm[k]) * scale
+                }
+            };
+            // What the low half loses of a number, or of the row's largest in f16, whose smallest step is 2⁻²⁴ where the
+            // largest number is 2¹⁴; and the roundings of x · norm and of the factor, as in `roundings`.
+            let largest = (0..cols).map(|k| exact(k).abs()).fold(0.0, f64::max);
+            let lost = if self.case.dtype == Dtype::Bf16 { 256.0 } else { 4.0 };
+            let roundings = lost + 1.0 + (4 * cols.div_ceil(512) + 8) as f64 / 2.0 + 5.0;
+            for k in 0..width {
+                let found = (halves[k] + halves[width + k]) * factor;
+                let most = roundings * ROUNDING * exact(k).abs() + largest * 2.0_f64.powi(-38);
+                if !((found - exact(k)).abs() <= most) {
+                    return Err(format!(
+                        "{:?}: split {k} of row {row} is {found}, not {}",
+                        self.case,
+                        exact(k)
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The two 16-bit numbers that lie where an f32 would.
+    fn halves(&self, pair: f32) -> [f64; 2] {
+        let bits = pair.to_bits();
+        [bits as u16, (bits >> 16) as u16].map(|bits| match self.case.dtype {
+            Dtype::Bf16 => bf16::from_bits(bits).to_f64(),
+            _ => f16::from_bits(bits).to_f64(),
+        })
     }
 
     fn kernels(&self, bed: &Bed) -> Kernels {
@@ -186,7 +274,7 @@ fn residual(bed: &Bed, case: Case, n: usize) -> Found {
     let before = problem.rng.numbers(problem.rows() * width);
     let hidden = bed.output(&before);
     let kernels = problem.kernels(bed);
-    problem.project(bed, &kernels.residual, n.div_ceil(4), problem.most_rows(), |product| IntoArgs {
+    problem.project(bed, &kernels.residual, n.div_ceil(4), |product| IntoArgs {
         product,
         to: hidden.address(),
         to_stride: width as u32,
@@ -205,7 +293,7 @@ fn silu(g: Near) -> Near {
     // |silu′| ≤ 1.1. The exponential is 2 to the power of g · log₂ e, which is rounded (half an ulp of |g| log₂ e, worth
     // |g| roundings), to 2 ulp; a sum and a division follow.
     let roundings = 2.0 * g.value.abs() + 8.0;
-    Near { value, error: 1.1 * g.error + value.abs() * roundings * super::bed::ROUNDING }
+    Near { value, error: 1.1 * g.error + value.abs() * roundings * ROUNDING }
 }
 
 /// RMSNorm, gate and up, and SiLU.
@@ -214,7 +302,7 @@ fn gate_up(bed: &Bed, case: Case, size: usize) -> Found {
     let width = stride(size);
     let activated = bed.fresh(problem.rows() * width);
     let kernels = problem.kernels(bed);
-    problem.project(bed, &kernels.gate_up, size.div_ceil(2), problem.most_rows(), |product| IntoArgs {
+    problem.project(bed, &kernels.gate_up, size.div_ceil(2), |product| IntoArgs {
         product,
         to: activated.address(),
         to_stride: width as u32,
@@ -247,9 +335,10 @@ fn lm_head(bed: &Bed, case: Case, vocab_size: usize) -> Found {
     let lists = [bed.put(&firsts(&wanted_of_sets)), bed.put(&wanted), bed.put(slot)];
     problem.product.set_first = lists[0].address();
     problem.product.rows = lists[1].address();
-    let most = wanted_of_sets.iter().max().copied().unwrap_or(0);
+    problem.most = wanted_of_sets.iter().max().copied().unwrap_or(0);
+    problem.indices.clone_from(&wanted);
     let kernels = problem.kernels(bed);
-    problem.project(bed, &kernels.lm_head, vocab_size.div_ceil(4), most, |product| LmHeadArgs {
+    problem.project(bed, &kernels.lm_head, vocab_size.div_ceil(4), |product| LmHeadArgs {
         product,
         logits: logits.address(),
         slot: lists[2].address(),
@@ -292,7 +381,7 @@ fn qkv(bed: &Bed, case: Case, (heads, kv_heads, head_dim): Heads) -> Found {
     let lists = [&position, &table, &model, &tables].map(|list| bed.put(list));
     let kernels = problem.kernels(bed);
     let units = (outputs / 2).div_ceil(2);
-    problem.project(bed, &kernels.qkv, units, problem.most_rows(), |product| QkvArgs {
+    problem.project(bed, &kernels.qkv, units, |product| QkvArgs {
         product,
         queries: queries.address(),
         cache: cache.address(),
@@ -341,9 +430,17 @@ fn qkv(bed: &Bed, case: Case, (heads, kv_heads, head_dim): Heads) -> Found {
     })
 }
 
+/// One for each dtype, and those of tensor cores.
+const IMAGES: [&str; 5] = ["gemv_f32", "gemv_f16", "gemv_bf16", "gemm_f16", "gemm_bf16"];
+
+/// A projection's own kernels, and the one that goes before some.
+fn mine(prefix: &str) -> impl Fn(&str) -> bool {
+    move |name| name.starts_with(prefix) || name.starts_with("split_rows_")
+}
+
 /// Rows of each set: those that each M is for, both ends of it, several sets, and more than one launch computes.
-const ROWS: [&[usize]; 11] =
-    [&[1], &[2], &[4], &[5], &[7], &[8], &[9], &[16], &[1, 1, 1], &[3, 0, 16], &[2, 19]];
+const ROWS: [&[usize]; 13] =
+    [&[1], &[2], &[4], &[5], &[7], &[8], &[9], &[16], &[1, 1, 1], &[3, 0, 16], &[2, 19], &[65, 0, 3], &[34]];
 
 /// Every dtype with all of `ROWS`, and widths that no vector, warp or panel divides, by turns.
 fn cases() -> impl Iterator<Item = (usize, Case)> {
@@ -367,6 +464,7 @@ fn residual_against_a_plain_sum() {
     for (index, case) in cases() {
         residual(&bed, case, [1, 3, 44, 67][index % 4]).unwrap();
     }
+    bed.assert_every(&IMAGES, mine("residual_"));
 }
 
 #[test]
@@ -375,6 +473,7 @@ fn gate_up_against_a_plain_sum() {
     for (index, case) in cases() {
         gate_up(&bed, case, [1, 2, 33, 70][index % 4]).unwrap();
     }
+    bed.assert_every(&IMAGES, mine("gate_up_"));
 }
 
 #[test]
@@ -383,6 +482,7 @@ fn lm_head_against_a_plain_sum() {
     for (index, case) in cases() {
         lm_head(&bed, case, [1, 7, 64, 111][index % 4]).unwrap();
     }
+    bed.assert_every(&IMAGES, mine("lm_head_"));
 }
 
 #[test]
@@ -393,6 +493,7 @@ fn qkv_against_a_plain_sum() {
         let cols = if index % 4 == 3 { 128 } else { case.cols.min(264) };
         qkv(&bed, Case { cols, ..case }, heads[index % heads.len()]).unwrap();
     }
+    bed.assert_every(&IMAGES, mine("qkv_"));
 }
 
 /// More panels than shared memory holds, for one row and for many; and more tiles than the GPU runs blocks.
@@ -403,6 +504,8 @@ fn long_rows_and_many_outputs() {
     residual(&bed, case, 5).unwrap();
     gate_up(&bed, Case { dtype: Dtype::F32, ..case }, 3).unwrap();
     residual(&bed, Case { rows: &[4], cols: 3300, ..case }, 6).unwrap();
+    residual(&bed, Case { rows: &[17], cols: 3300, ..case }, 6).unwrap();
+    residual(&bed, Case { rows: &[67, 130], cols: 100, rank: 16, ..case }, 301).unwrap();
     lm_head(&bed, Case { rows: &[9], cols: 44, ..case }, 7001).unwrap();
     lm_head(&bed, Case { rows: &[31, 1], cols: 530, dtype: Dtype::F16, ..case }, 7001).unwrap();
 }
@@ -419,7 +522,7 @@ fn a_wrong_number_is_noticed() {
             assert_noticed("qkv_bf16_4", PRODUCT + at, name, normed);
         }
         if !["cols", "segments"].contains(&name) {
-            assert_noticed("gemv_residual_bf16_4", PRODUCT + at, name, |bed| residual(bed, CASE, 30));
+            assert_noticed("residual_bf16_4", PRODUCT + at, name, |bed| residual(bed, CASE, 30));
         }
         // This one halves the number of outputs.
         if name != "n" {
@@ -435,6 +538,22 @@ fn a_wrong_number_is_noticed() {
     }
     for (at, name) in [(72, "set_stride"), (80, "lora_stride"), (204, "kv_heads"), (208, "head_dim")] {
         assert_noticed("qkv_bf16_4", at, name, |bed| qkv(bed, CASE, (3, 1, 10)));
+    }
+}
+
+#[test]
+fn a_wrong_number_is_noticed_on_tensor_cores() {
+    const CASE: Case = Case { dtype: Dtype::Bf16, rows: &[18, 20], cols: 44, bias: true, rank: 8 };
+    let of_qkv = [(72, "set_stride"), (80, "lora_stride"), (96, "stride"), (108, "rank"), (112, "segments")];
+    for (at, name) in of_qkv.into_iter().chain([(200, "heads"), (204, "kv_heads"), (208, "head_dim")]) {
+        assert_noticed("qkv_wide_bf16", at, name, |bed| qkv(bed, CASE, (3, 1, 10)));
+    }
+    for (kernel, at, name) in [("residual_wide_bf16", 88, "n"), ("residual_wide_bf16", 128, "hidden_stride")]
+    {
+        assert_noticed(kernel, at, name, |bed| residual(bed, CASE, 30));
+    }
+    for (at, name) in [(72, "set_stride"), (92, "cols"), (96, "stride")] {
+        assert_noticed("split_rows_bf16", at, name, |bed| gate_up(bed, CASE, 31));
     }
 }
 
