@@ -241,7 +241,8 @@ impl Problem {
             for k in 0..width {
                 let found = (halves[k] + halves[width + k]) * factor;
                 let most = roundings * ROUNDING * exact(k).abs() + largest * 2.0_f64.powi(-38);
-                if !((found - exact(k)).abs() <= most) {
+                let near = (found - exact(k)).abs() <= most;
+                if !near {
                     return Err(format!(
                         "{:?}: split {k} of row {row} is {found}, not {}",
                         self.case,
