@@ -1,4 +1,4 @@
-//! attention.cu: the splits by themselves, and their merge by itself.
+//! attention.cu: the splits by themselves, and their merge by itself; attention_wide.cu.
 
 use super::bed::{Bed, DTYPES, Found, Near, ROUNDING, Rng, assert_noticed};
 use crate::backend::cuda::device::Grid;
@@ -41,6 +41,9 @@ impl Case {
             table: 0,
             model: 0,
             block_tables: 0,
+            alone: 0,
+            tile_first: 0,
+            tile_rows: 0,
             model_stride: 0,
             query_stride: stride(self.heads * self.head_dim) as u32,
             table_stride: table_stride as u32,
@@ -165,7 +168,8 @@ fn attention(bed: &Bed, case: Case) -> Found {
     let queries: Vec<f32> = rng.numbers(rows * query_stride).iter().map(|x| x * sharpness).collect();
     let position: Vec<u32> = lengths.iter().map(|&length| length as u32 - 1).collect();
     let (on_device, queries_at) = (bed.put(&cache.numbers), bed.put(&queries));
-    let lists = [&position, &cache.table, &cache.model, &cache.tables].map(|list| bed.put(list));
+    let alone: Vec<u32> = (0..rows as u32).collect();
+    let lists = [&position, &cache.table, &cache.model, &cache.tables, &alone].map(|list| bed.put(list));
     let (partial, state) =
         (bed.fresh(rows * heads * splits * head_dim), bed.fresh(rows * heads * splits * 2));
     let args = AttentionArgs {
@@ -177,10 +181,11 @@ fn attention(bed: &Bed, case: Case) -> Found {
         table: lists[1].address(),
         model: lists[2].address(),
         block_tables: lists[3].address(),
+        alone: lists[4].address(),
         model_stride: (cache.of_model * size_of::<f32>()) as u64,
         ..case.args(cache.table_stride)
     };
-    let kernels = Kernels::load(&bed.gpu, DTYPES[0], heads / kv_heads).unwrap();
+    let kernels = Kernels::load(&bed.gpu, DTYPES[0], heads / kv_heads, head_dim).unwrap();
     let (kernel, group) = (&kernels.attention.0, kernels.attention.1);
     let chunks = (heads / kv_heads).div_ceil(group);
     let shared = 4 * group * (head_dim + 2) * size_of::<f32>();
@@ -217,13 +222,16 @@ fn merge(bed: &Bed, case: Case) -> Found {
         partial.extend_from_slice(&numbers[2..]);
     }
     let position: Vec<u32> = lengths.iter().map(|&length| length as u32 - 1).collect();
-    let (states, partials, positions) = (bed.put(&state), bed.put(&partial), bed.put(&position));
+    let alone: Vec<u32> = (0..rows as u32).collect();
+    let (states, partials) = (bed.put(&state), bed.put(&partial));
+    let (positions, alone) = (bed.put(&position), bed.put(&alone));
     let attended = bed.fresh(rows * query_stride);
     let args = AttentionArgs {
         partial: partials.address(),
         state: states.address(),
         attended: attended.address(),
         position: positions.address(),
+        alone: alone.address(),
         ..case.args(1)
     };
     let kernel = bed.gpu.kernel("attention", "attention_merge").unwrap();
@@ -248,6 +256,108 @@ fn merge(bed: &Bed, case: Case) -> Found {
         let error = sum[1] / total[0] + value.abs() * (total[1] / total[0] + ROUNDING);
         Some(Near { value, error: 1.01 * error })
     })
+}
+
+/// One launch of `attention_wide_N`: the last rows of each sequence, in tiles.
+fn tiles(bed: &Bed, case: Case) -> Found {
+    let Case { heads, kv_heads, head_dim, lengths, sharpness } = case;
+    let rng = &mut Rng((heads * 31 + head_dim) as u64);
+    let (cache, query_stride) = (Cache::new(case, rng), stride(heads * head_dim));
+    let (mut of_row, mut tile_first, mut tile_rows) = (Vec::new(), Vec::new(), Vec::new());
+    for (sequence, &length) in lengths.iter().enumerate() {
+        let rows = length.min(75);
+        for first in (0..rows).step_by(64) {
+            tile_first.push((of_row.len() + first) as u32);
+            tile_rows.push((rows - first).min(64) as u32);
+        }
+        of_row.extend((length - rows..length).map(|position| (sequence, position)));
+    }
+    let queries: Vec<f32> = rng.numbers(of_row.len() * query_stride).iter().map(|x| x * sharpness).collect();
+    let list = |of: &dyn Fn(usize, usize) -> u32| of_row.iter().map(|&(s, p)| of(s, p)).collect::<Vec<u32>>();
+    let lists = [
+        list(&|_, position| position as u32),
+        list(&|sequence, _| cache.table[sequence]),
+        list(&|sequence, _| cache.model[sequence]),
+        cache.tables.clone(),
+        tile_first,
+        tile_rows,
+    ];
+    let (on_device, queries_at) = (bed.put(&cache.numbers), bed.put(&queries));
+    let attended = bed.fresh(of_row.len() * query_stride);
+    let at = lists.each_ref().map(|list| bed.put(list));
+    let args = AttentionArgs {
+        queries: queries_at.address(),
+        cache: on_device.address(),
+        attended: attended.address(),
+        position: at[0].address(),
+        table: at[1].address(),
+        model: at[2].address(),
+        block_tables: at[3].address(),
+        tile_first: at[4].address(),
+        tile_rows: at[5].address(),
+        model_stride: (cache.of_model * size_of::<f32>()) as u64,
+        ..case.args(cache.table_stride)
+    };
+    let kernels = Kernels::load(&bed.gpu, DTYPES[0], heads / kv_heads, head_dim).unwrap();
+    let blocks = (lists[4].len() as u32, heads as u32, head_dim.div_ceil(128) as u32);
+    let shared = 2 * BLOCK_SIZE * (head_dim.next_multiple_of(32) + 4) * size_of::<f32>();
+    let grid = Grid { blocks, threads: (128, 1, 1), shared: shared as u32 };
+    bed.launch(kernels.attention_wide.as_ref().unwrap(), grid, &args)?;
+
+    let row_and_head = |row: usize, head: usize| {
+        let (sequence, position) = of_row[row];
+        let query = &queries[row * query_stride + head * head_dim..][..head_dim];
+        causal(case, &cache, query, (sequence, position, head))
+    };
+    let expected: Vec<Vec<Near>> =
+        (0..of_row.len() * heads).map(|at| row_and_head(at / heads, at % heads)).collect();
+    attended.check(bed, &case, |at| {
+        let (row, at) = (at / query_stride, at % query_stride);
+        (at < heads * head_dim).then(|| expected[row * heads + at / head_dim][at % head_dim])
+    })
+}
+
+/// What a head attends to from a position, by factors of 22 bits that are summed in f32.
+fn causal(
+    case: Case,
+    cache: &Cache,
+    query: &[f32],
+    (sequence, position, head): (usize, usize, usize),
+) -> Vec<Near> {
+    let kv_head = head / (case.heads / case.kv_heads);
+    let scale = 1.0 / (case.head_dim as f64).sqrt();
+    let numbers =
+        |p: usize, half: usize| &cache.numbers[cache.at(case, sequence, p, half)..][..case.head_dim];
+    let scores: Vec<(f64, f64)> = (0..=position)
+        .map(|p| {
+            let products =
+                query.iter().zip(numbers(p, kv_head)).map(|(q, k)| f64::from(*q) * f64::from(*k) * scale);
+            products.fold((0.0, 0.0), |(score, size), product| (score + product, size + product.abs()))
+        })
+        .collect();
+    let top = scores.iter().map(|score| score.0).fold(f64::NEG_INFINITY, f64::max);
+    // Each factor lacks 2⁻²¹, the low parts' product as much; a sum of three products for each column; the scale.
+    let of_score = 3.0 * 8.0 + 3.0 * case.head_dim as f64 + 2.0;
+    let blocks = (position / BLOCK_SIZE + 1) as f64;
+    let (mut l, mut l_error) = (0.0, 0.0);
+    let mut o = vec![(0.0, 0.0); case.head_dim];
+    for (p, (score, size)) in scores.iter().enumerate() {
+        let weight = (score - top).exp();
+        // The score; its distance from the top, rounded as often as the top grew; an exponential and two roundings a
+        // block; the weight and the value as two numbers of eleven bits, and sums over the positions of a block.
+        let off =
+            of_score * size + (2.0 * (top - score) + 3.0 + 7.0 * blocks + 3.0 * 8.0 + 3.0 * 16.0 * blocks);
+        let error = weight * ((off * ROUNDING).exp() - 1.0);
+        (l, l_error) = (l + weight, l_error + error);
+        for (o, &v) in o.iter_mut().zip(numbers(p, case.kv_heads + kv_head)) {
+            *o = (o.0 + weight * f64::from(v), o.1 + error * f64::from(v).abs());
+        }
+    }
+    let near = |(value, error): (f64, f64)| {
+        let value = value / l;
+        Near { value, error: 1.01 * (error / l + value.abs() * (l_error / l + ROUNDING)) }
+    };
+    o.into_iter().map(near).collect()
 }
 
 /// Lengths around the borders of blocks of 16 and of splits of 256, in rows that differ.
@@ -297,22 +407,45 @@ fn the_merge_against_a_plain_sum() {
 }
 
 #[test]
+fn tiles_against_a_plain_softmax() {
+    let bed = Bed::new();
+    let case =
+        |heads, kv_heads, head_dim, lengths| Case { heads, kv_heads, head_dim, lengths, sharpness: 0.1 };
+    for case in [
+        case(2, 1, 64, &[17, 75, 130]),
+        case(2, 2, 8, &[33, 1, 200, 64]),
+        case(3, 1, 96, &[20, 81]),
+        case(1, 1, 136, &[76]),
+        Case { sharpness: 1.0, ..case(2, 1, 128, &[50, 16]) },
+        case(1, 1, 256, &[31]),
+    ] {
+        tiles(&bed, case).unwrap();
+    }
+    bed.assert_every(&["attention_wide"], |_| true);
+}
+
+#[test]
 fn a_wrong_number_is_noticed() {
     const CASE: Case =
         Case { heads: 4, kv_heads: 2, head_dim: 20, lengths: &[300, 30, 17, 270], sharpness: 0.1 };
     let numbers = [
-        (72, "model_stride"),
-        (80, "query_stride"),
-        (84, "table_stride"),
-        (88, "heads"),
-        (92, "kv_heads"),
-        (96, "head_dim"),
-        (100, "splits"),
+        (96, "model_stride"),
+        (104, "query_stride"),
+        (108, "table_stride"),
+        (112, "heads"),
+        (116, "kv_heads"),
+        (120, "head_dim"),
+        (124, "splits"),
     ];
     for (at, name) in numbers {
         assert_noticed("attention_2", at, name, |bed| attention(bed, CASE));
     }
-    for (at, name) in [(80, "query_stride"), (88, "heads"), (96, "head_dim"), (100, "splits")] {
+    for (at, name) in [(104, "query_stride"), (112, "heads"), (120, "head_dim"), (124, "splits")] {
         assert_noticed("attention_merge", at, name, |bed| merge(bed, CASE));
+    }
+    const TILES: Case = Case { heads: 4, kv_heads: 2, head_dim: 24, lengths: &[40, 70, 20], sharpness: 0.1 };
+    let of_tiles = [(96, "model_stride"), (104, "query_stride"), (108, "table_stride"), (116, "kv_heads")];
+    for (at, name) in of_tiles.into_iter().chain([(120, "head_dim")]) {
+        assert_noticed("attention_wide_8", at, name, |bed| tiles(bed, TILES));
     }
 }

@@ -264,7 +264,7 @@ impl Problem {
     }
 
     fn kernels(&self, bed: &Bed) -> Kernels {
-        Kernels::load(&bed.gpu, self.case.dtype, 1).unwrap()
+        Kernels::load(&bed.gpu, self.case.dtype, 1, 64).unwrap()
     }
 }
 
