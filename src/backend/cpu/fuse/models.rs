@@ -126,23 +126,24 @@ impl<'a> Tile<'a> {
     }
 }
 
-/// A copy of a block in which tokens that don't count have no weight in any model and no difference.
-pub(super) struct TileCopy {
-    base: [Vector; VECTORS],
-    small: [Vector; VECTORS],
-    experts: PerExpert<[Vector; VECTORS]>,
+/// A copy of a block of at most `N` vectors in which tokens that don't count have no weight in any model and no
+/// difference.
+pub(super) struct TileCopy<const N: usize> {
+    base: [Vector; N],
+    small: [Vector; N],
+    experts: PerExpert<[Vector; N]>,
     vectors: usize,
     alone: bool,
     /// Whether some token of the range is excluded.
     pub(super) masked: bool,
 }
 
-impl TileCopy {
+impl<const N: usize> TileCopy<N> {
     /// The lowest finite f32: its exponential is 0 relative to anything else, and the difference of two is 0.
     const NOTHING: f32 = f32::MIN;
 
     pub(super) fn new(models: &Models<'_>, range: Range<usize>) -> Self {
-        let blank = [[Self::NOTHING; LANES]; VECTORS];
+        let blank = [[Self::NOTHING; LANES]; N];
         let mut copy = Self {
             base: blank,
             small: blank,

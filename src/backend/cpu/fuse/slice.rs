@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use super::models::{BLOCK, Models, NotFinite, Tile, TileCopy};
+use super::models::{BLOCK, Models, NotFinite, Tile, TileCopy, VECTORS};
 use super::sums::{Sums, Tilt, Top};
 use super::walk::Walk;
 use super::wide;
@@ -67,9 +67,12 @@ pub(super) struct Tops {
 }
 
 impl Source<'_> {
+    /// Blocks of whole vectors, and what is left as one of less than a vector: only that must be copied.
     pub(super) fn blocks(&self) -> impl Iterator<Item = Range<usize>> {
-        let end = self.range.end;
-        self.range.clone().step_by(BLOCK).map(move |start| start..(start + BLOCK).min(end))
+        let Range { start, end } = self.range;
+        let whole = end - (end - start) % LANES;
+        let blocks = (start..whole).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(whole));
+        blocks.chain((whole < end).then_some(whole..end))
     }
 
     /// Whether the block's logits can be used where they lie.
@@ -86,11 +89,15 @@ impl Source<'_> {
         let mut tops =
             Tops { base: Top::NONE, small: f32::NEG_INFINITY, experts: best.clone(), finite: true };
         for block in self.blocks() {
-            let copy;
+            let (rest, copy);
             let tile = if self.is_direct(&block) {
                 Tile::direct(self.models, block.clone())
+            } else if block.len() < LANES {
+                rest = TileCopy::<1>::new(self.models, block.clone());
+                tops.finite &= self.masked || !rest.masked;
+                rest.tile()
             } else {
-                copy = TileCopy::new(self.models, block.clone());
+                copy = TileCopy::<VECTORS>::new(self.models, block.clone());
                 tops.finite &= self.masked || !copy.masked;
                 copy.tile()
             };

@@ -85,11 +85,14 @@ impl Walk<'_> {
         let mut scratch =
             Scratch { large: blank, small: blank, difference: blank, ratio: blank, weight: blank };
         for block in self.source.blocks() {
-            let copy;
+            let (rest, copy);
             let tile = if self.source.is_direct(&block) {
                 Tile::direct(models, block)
+            } else if block.len() < LANES {
+                rest = TileCopy::<1>::new(models, block);
+                rest.tile()
             } else {
-                copy = TileCopy::new(models, block);
+                copy = TileCopy::<VECTORS>::new(models, block);
                 copy.tile()
             };
             self.targets(simd, &tile, &mut scratch, sums);
