@@ -102,6 +102,26 @@ fn graphs_give_what_eager_launches_give() {
 }
 
 #[test]
+fn graphs_of_large_batches_run_on_tensor_cores() {
+    let ensemble = ensemble(1);
+    let limits = Limits { rows: 64, slots: 20, blocks: 80 };
+    let mut of_mode = Vec::new();
+    for graphs in [false, true] {
+        let (gpu, mut generator) = open_with(&ensemble, graphs, limits);
+        for seed in 0..20 {
+            generator.push(Request { ignore_eos: true, ..Request::new(prompt(seed, 2), 5) }).unwrap();
+        }
+        of_mode.push(run(generator));
+        assert_eq!(gpu.reports(), []);
+        assert_eq!(gpu.calls("cuGraphLaunch") > 0, graphs);
+        // 20 rows of each model in every step, recorded or not.
+        let launches = gpu.launches();
+        assert!(launches.iter().filter(|launch| launch.kernel == "qkv_wide_bf16").count() >= 5 * 2);
+    }
+    assert_same(&of_mode[1], &of_mode[0]);
+}
+
+#[test]
 fn order_of_streams_and_blocks_changes_nothing() {
     let ensemble = ensemble(1);
     let mut first: Option<Vec<Step>> = None;
