@@ -298,8 +298,9 @@ impl Kernels {
                 .transpose()?,
             attention: (gpu.kernel("attention", &format!("attention_{heads}"))?, heads),
             merge: gpu.kernel("attention", "attention_merge")?,
-            attention_wide: (head_dim % 8 == 0)
-                .then(|| if head_dim <= 64 { "attention_wide_8" } else { "attention_wide_16" })
+            attention_wide: head_dim
+                .is_multiple_of(8)
+                .then_some(if head_dim <= 64 { "attention_wide_8" } else { "attention_wide_16" })
                 .map(|name| gpu.kernel("attention_wide", name))
                 .transpose()?,
             lora: gpu.kernel("lora", "lora_down")?,
