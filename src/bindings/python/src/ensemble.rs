@@ -1,26 +1,27 @@
 //! Models, and what they generate.
-//!
-//! A generation runs in a thread of its own, which Python's asks for one step at a time: signals are looked at while it
-//! waits, and other threads of Python run.
 
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use engine::generate::limits_for;
-use engine::{BackendOptions, Device, EnsembleSpec, ExpertSpec, Generator, Request, SamplingParams};
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use engine::{BackendOptions, Device, EnsembleSpec, ExpertSpec, Request, SamplingParams};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::rule::Options;
+use crate::worker::Workers;
 
 /// How often a wait looks for Ctrl-C.
 const PATIENCE: Duration = Duration::from_millis(50);
 
 /// A large model, a small one, and experts: loaded once, used by any number of generations.
 #[pyclass(frozen, module = "dlf_engine")]
-pub(crate) struct Ensemble(Arc<engine::Ensemble>);
+pub(crate) struct Ensemble {
+    models: Arc<engine::Ensemble>,
+    workers: Workers,
+}
 
 /// A text, or ids that are taken as they are.
 #[derive(FromPyObject)]
@@ -98,26 +99,26 @@ impl Ensemble {
     ) -> PyResult<Self> {
         let experts = experts.into_iter().map(|(name, path)| ExpertSpec { name, path }).collect();
         let spec = EnsembleSpec { large, small, experts };
-        py.detach(|| engine::Ensemble::load(&spec)).map(|e| Self(Arc::new(e))).map_err(crate::error)
+        py.detach(|| engine::Ensemble::load(&spec)).map(Self::from).map_err(crate::error)
     }
 
     /// The ensemble that is built in.
     #[staticmethod]
     fn demo(py: Python<'_>) -> PyResult<Self> {
-        py.detach(engine::Ensemble::demo).map(|e| Self(Arc::new(e))).map_err(crate::error)
+        py.detach(engine::Ensemble::demo).map(Self::from).map_err(crate::error)
     }
 
     /// The ids that all models share.
     #[getter]
     fn vocab_size(&self) -> usize {
-        self.0.vocab_size()
+        self.models.vocab_size()
     }
 
     /// The names of the experts.
     #[getter]
     fn experts(&self) -> Vec<String> {
         let experts =
-            self.0.models().iter().filter(|model| matches!(model.role, engine::model::Role::Expert(_)));
+            self.models.models().iter().filter(|model| matches!(model.role, engine::model::Role::Expert(_)));
         experts.map(|model| model.name.clone()).collect()
     }
 
@@ -126,7 +127,12 @@ impl Ensemble {
         self.tokenizer(0)?.encode(text, add_special_tokens).map_err(crate::error)
     }
 
-    fn stream(&self, prompt: Prompt, wanted: Wanted) -> PyResult<Stream> {
+    /// Frees what the last generation left for the next one: a thread, and on a GPU the weights.
+    fn release(&self, py: Python<'_>) {
+        py.detach(|| self.workers.release());
+    }
+
+    fn stream(&self, py: Python<'_>, prompt: Prompt, wanted: Wanted) -> PyResult<Stream> {
         let request = Request {
             rule: wanted.options.rule()?,
             sampling: wanted.sampling(),
@@ -135,10 +141,10 @@ impl Ensemble {
             ignore_eos: wanted.ignore_eos,
             ..Request::new(Vec::new(), 1)
         };
-        self.start(Request { prompts: self.prompts(prompt)?, ..request }, &wanted)
+        self.start(py, Request { prompts: self.prompts(prompt)?, ..request }, &wanted)
     }
 
-    fn score(&self, text: Prompt, wanted: Wanted) -> PyResult<Stream> {
+    fn score(&self, py: Python<'_>, text: Prompt, wanted: Wanted) -> PyResult<Stream> {
         let ids = match text {
             Prompt::Text(text) => self.tokenizer(0)?.encode(&text, true).map_err(crate::error)?,
             Prompt::Ids(ids) => ids,
@@ -146,19 +152,19 @@ impl Ensemble {
         if ids.len() < 2 {
             return Err(PyValueError::new_err("text: expected at least two tokens: the first is not scored"));
         }
-        self.start(Request { rule: wanted.options.rule()?, ..Request::score(ids) }, &wanted)
+        self.start(py, Request { rule: wanted.options.rule()?, ..Request::score(ids) }, &wanted)
     }
 }
 
 impl Ensemble {
     fn tokenizer(&self, model: usize) -> PyResult<&engine::tokenizer::Tokenizer> {
-        let tokenizer = self.0.tokenizer(model).or_else(|| self.0.tokenizer_of_any());
+        let tokenizer = self.models.tokenizer(model).or_else(|| self.models.tokenizer_of_any());
         tokenizer.ok_or_else(|| PyValueError::new_err("no model has a tokenizer: give token ids"))
     }
 
     /// The prompt of every model.
     fn prompts(&self, prompt: Prompt) -> PyResult<Vec<Vec<u32>>> {
-        let models = 0..self.0.models().len();
+        let models = 0..self.models.models().len();
         match prompt {
             Prompt::Ids(ids) => Ok(models.map(|_| ids.clone()).collect()),
             Prompt::Text(text) if text.is_empty() => Err(PyValueError::new_err("the prompt is empty")),
@@ -168,28 +174,20 @@ impl Ensemble {
         }
     }
 
-    /// Starts the thread that computes.
-    fn start(&self, request: Request, wanted: &Wanted) -> PyResult<Stream> {
-        request.validate(&self.0).map_err(crate::error)?;
+    /// Gives the request to a thread that computes.
+    fn start(&self, py: Python<'_>, request: Request, wanted: &Wanted) -> PyResult<Stream> {
+        request.validate(&self.models).map_err(crate::error)?;
         let device: Device = wanted.device.parse().map_err(crate::error)?;
-        let limits = limits_for(&self.0, std::slice::from_ref(&request), 1);
+        let limits = limits_for(&self.models, std::slice::from_ref(&request), 1);
         let options = BackendOptions { threads: wanted.threads, ..BackendOptions::new(device, limits) };
-        let ensemble = Arc::clone(&self.0);
-        // A step ahead of who reads, no more.
-        let (sender, steps) = sync_channel(1);
-        let compute = move || {
-            let generator = options.open(Arc::clone(&ensemble)).and_then(|backend| {
-                let mut generator = Generator::new(ensemble, backend);
-                generator.push(request).map(|_| generator)
-            });
-            match generator {
-                Err(error) => drop(sender.send(Err(error))),
-                Ok(mut generator) => while generator.next().is_some_and(|step| sender.send(step).is_ok()) {},
-            }
-        };
-        let thread = std::thread::Builder::new().name("dlf-engine".to_owned()).spawn(compute);
-        thread.map_err(|error| PyRuntimeError::new_err(format!("no thread: {error}")))?;
+        let steps = py.detach(|| self.workers.start(&self.models, options, request))?;
         Ok(Stream { steps: Mutex::new(Some(steps)) })
+    }
+}
+
+impl From<engine::Ensemble> for Ensemble {
+    fn from(models: engine::Ensemble) -> Self {
+        Self { models: Arc::new(models), workers: Workers::default() }
     }
 }
 

@@ -3,6 +3,7 @@
 mod ensemble;
 mod fuse;
 mod rule;
+mod worker;
 
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;

@@ -25,7 +25,8 @@ def _options(method, alpha, grid, search, objective, every):
 class Ensemble:
     """A large model, a small one, and experts fine-tuned from the small one (or LoRA adapters over it).
 
-    Arguments are Hugging Face directories; `experts` is a list of them, or a mapping from names.
+    Arguments are Hugging Face directories; `experts` is a list of them, or a mapping from names. What the last generation
+    needed, threads and on a GPU the weights, is kept for the next one until `release` or the end of the object.
     """
 
     def __init__(self, large: Optional[Path] = None, small: Optional[Path] = None,
@@ -55,11 +56,15 @@ class Ensemble:
         """The token ids of a text."""
         return self._native.encode(text, add_special_tokens)
 
+    def release(self) -> None:
+        """Frees the memory that is kept for the next generation."""
+        self._native.release()
+
     def stream(self, prompt: Prompt, *, max_new_tokens: int = 256, method: str = "dynamic", alpha=None, grid=None,
                search: str = "grid", objective: str = "both", every: int = 1, temperature: float = 0.0, top_k: int = 0,
                top_p: float = 1.0, min_p: float = 0.0, seed: int = 0, stop: Sequence[str] = (), ignore_eos: bool = False,
                device: str = "auto", threads: Optional[int] = None) -> Iterator[Step]:
-        """Yields tokens as they come. Ctrl-C ends it. Models go to a GPU anew for each call."""
+        """Yields tokens as they come. Ctrl-C ends it."""
         return self._native.stream(prompt if isinstance(prompt, str) else list(prompt), {
             "options": _options(method, alpha, grid, search, objective, every), "max_new_tokens": max_new_tokens,
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "stop": list(stop),
