@@ -80,6 +80,7 @@ __device__ void attention_wide(const AttentionArgs& args) {
     // Positions after this one concern no row of this warp.
     const bool has_rows = warp * 16 < count;
     const u32 reach = args.position[first_row + min(warp * 16 + 15, count - 1)];
+    const u32 least = args.position[first_row + min(warp * 16, count - 1)];
     float o[N][4] = {};
     float top[2] = {-INFINITE, -INFINITE}, sum[2] = {0, 0};
 
@@ -148,14 +149,33 @@ __device__ void attention_wide(const AttentionArgs& args) {
         await_copies<1>();
         __syncthreads();
         if (is_used) {
+            // Where some row doesn't see all positions, its weights are zeros, and a zero doesn't hide NaN and infinity:
+            // such a value counts as nothing, and makes NaN of the rows that see it.
+            const bool is_edge = base + BLOCK_SIZE - 1 > least;
+            u32 spoilt = 0;
 #pragma unroll
             for (u32 j = 0; j < 2; j++) {
                 // Where mma has columns t and t + 4 of its factor stand the weights of positions 2 t and 2 t + 1.
                 const float a[4] = {s[j][0], s[j][2], s[j][1], s[j][3]};
-                const float* b = values + (8 * j + 2 * t) * stride + column + g;
+                const u32 key = 8 * j + 2 * t;
+                const float* b = values + key * stride + column + g;
 #pragma unroll
                 for (u32 n = 0; n < N; n++) {
-                    if (column + 8 * n < head_dim) mma_split(o[n], a, b[8 * n], b[stride + 8 * n]);
+                    if (column + 8 * n >= head_dim) break;
+                    float b0 = b[8 * n], b1 = b[stride + 8 * n];
+                    if (is_edge) {
+                        if (!(fabsf(b0) < INFINITE)) b0 = 0, spoilt |= 1u << key;
+                        if (!(fabsf(b1) < INFINITE)) b1 = 0, spoilt |= 2u << key;
+                    }
+                    mma_split(o[n], a, b0, b1);
+                }
+            }
+            if (is_edge) {
+                spoilt = __reduce_or_sync(ALL_LANES, spoilt);
+#pragma unroll
+                for (u32 i = 0; i < 2; i++) {
+                    const u32 seen = position[i] < base ? 0 : (2u << min(position[i] - base, 15u)) - 1;
+                    if (spoilt & seen) sum[i] = __int_as_float(0x7fffffff);
                 }
             }
         }

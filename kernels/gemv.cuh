@@ -5,7 +5,7 @@
 // shared memory as f32, in an order in which a warp reads them without bank conflicts.
 //
 // A row's sum has one order, whatever M and the chunks: along a lane by column, then over the lanes as a butterfly.
-// So a sequence decodes to the same bits alone and among others.
+// So a sequence decodes to the same bits alone and among others, as long as all go through here.
 //
 // RMSNorm costs no pass of its own: x·w is staged, its squares are summed on the way, panel by panel, and the scalar
 // 1/√(mean x² + ε) multiplies the result.

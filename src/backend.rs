@@ -246,7 +246,8 @@ pub trait Backend {
 
     /// Appends the rows' keys and values to the cache and leaves the logits that are wanted in their slots.
     ///
-    /// A row's logits don't depend on which other rows are in the batch, to the bit.
+    /// A row's logits don't depend on which other rows are in the batch: on the CPU to the bit, on a GPU to the bit
+    /// as long as no set of weights has more than 16 rows, and beyond that up to the rounding of sums.
     ///
     /// # Errors
     /// Only where the device fails; the rows were validated above.

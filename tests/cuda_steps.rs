@@ -122,6 +122,28 @@ fn graphs_of_large_batches_run_on_tensor_cores() {
 }
 
 #[test]
+fn a_step_of_several_turns_is_not_foreseen() {
+    let tiny =
+        Shape { hidden: 8, intermediate: 8, heads: 1, kv_heads: 1, head_dim: 8, vocab: 24, bias: false };
+    let roles = [Role::Large, Role::Small].into_iter().chain((0..8).map(Role::Expert));
+    let models = roles.enumerate().map(|(seed, role)| model(role, tiny, Dtype::F32, seed as u64 + 1));
+    let ensemble = Arc::new(Ensemble::from_models(models.collect()).unwrap());
+    // 57 sequences in nine models are 513 rows, and a turn has 512: the lists hold the last turn's only.
+    let limits = Limits { rows: 57, slots: 57, blocks: 57 };
+    let mut of_mode = Vec::new();
+    for graphs in [false, true] {
+        let (gpu, mut generator) = open_with(&ensemble, graphs, limits);
+        for seed in 0..57 {
+            let prompt = tokens(1, tiny.vocab, seed);
+            generator.push(Request { ignore_eos: true, ..Request::new(prompt, 5) }).unwrap();
+        }
+        of_mode.push(run(generator));
+        assert_eq!((gpu.reports(), gpu.calls("cuGraphLaunch")), (vec![], 0));
+    }
+    assert_same(&of_mode[1], &of_mode[0]);
+}
+
+#[test]
 fn order_of_streams_and_blocks_changes_nothing() {
     let ensemble = ensemble(1);
     let mut first: Option<Vec<Step>> = None;

@@ -107,11 +107,15 @@ pub struct CudaBackend {
     fuser: Fuser,
 }
 
+/// The largest head that the kernels of attention compute.
+const MOST_HEAD_DIM: usize = 256;
+
 impl CudaBackend {
     /// Copies the weights of `ensemble` to the GPU and reserves its memory; `progress` gets the bytes that went up.
     ///
     /// # Errors
-    /// [`Error::Device`] where there is no such GPU, or too little memory on it; [`Error::Cuda`].
+    /// [`Error::Device`] where there is no such GPU, or too little memory on it, or a head has more than 256 numbers;
+    /// [`Error::Cuda`].
     pub fn new(
         ensemble: Arc<Ensemble>,
         options: CudaOptions,
@@ -125,6 +129,16 @@ impl CudaBackend {
             let roles = models.iter().enumerate();
             roles.filter(move |(_, model)| (model.role == Role::Large) == large).map(|(index, _)| index)
         };
+        // A position is shared by the lanes of a warp, eight numbers each.
+        if let Some(model) = models.iter().find(|model| model.config.head_dim > MOST_HEAD_DIM) {
+            return Err(Error::Device {
+                requested: format!("cuda:{ordinal}"),
+                reason: format!(
+                    "{}: expected a head_dim of at most {MOST_HEAD_DIM}, found {}",
+                    model.role, model.config.head_dim
+                ),
+            });
+        }
         let vocab_size = ensemble.vocab_size();
         let half = models.len() * limits.slots * stride(vocab_size);
         let [on_large, on_small] = [true, false].map(|large| Needs::of(&ensemble, of_role(large), limits));
@@ -238,7 +252,8 @@ impl CudaBackend {
             relay.bring(batch, small, (&self.gpu, &self.stream, &mut self.logits))?;
         }
         let both = if self.small.is_some() { started.elapsed() } else { large };
-        self.ahead.observe(batch);
+        let whole = [&self.large, &self.small].into_iter().flatten().all(Group::is_whole);
+        self.ahead.observe(batch, whole);
         Ok(ForwardTime { large, small: both.saturating_sub(large) })
     }
 

@@ -105,9 +105,9 @@ impl Ahead {
         })
     }
 
-    /// Notes a batch that was computed on demand.
-    pub(crate) fn observe(&mut self, batch: &Batch<'_>) {
-        self.steady = self.follows(batch);
+    /// Notes a batch that was computed on demand; `whole` where each group computed its rows in one turn.
+    pub(crate) fn observe(&mut self, batch: &Batch<'_>, whole: bool) {
+        self.steady = whole && self.follows(batch);
         self.rows.clear();
         self.blocks.clear();
         if self.enabled && decodes(batch.rows) {

@@ -74,6 +74,8 @@ pub(crate) struct Group {
     words: Vec<u32>,
     /// Rows of a turn at most.
     capacity: usize,
+    /// Turns of the last batch: its lists are those of the last one.
+    turns: usize,
     /// Positions of a sequence at most.
     positions: usize,
     /// Blocks of a table at most.
@@ -151,6 +153,7 @@ impl Group {
             rows: Vec::new(),
             words: Vec::new(),
             capacity,
+            turns: 0,
             positions,
             table_stride,
         }))
@@ -195,6 +198,7 @@ impl Group {
             rows.sort_by_key(|row| row.position);
         }
         self.plan.clear();
+        self.turns = rows.len().div_ceil(self.capacity);
         for turn in rows.chunks_mut(self.capacity) {
             self.plan.fill(&self.members, batch, turn, logits.slots, self.table_stride);
             if self.kernels.attention_wide.is_some() {
@@ -205,6 +209,11 @@ impl Group {
         }
         self.rows = rows;
         Ok(())
+    }
+
+    /// Whether the lists hold all rows of the last batch, so that they can be moved to the next step.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.turns <= 1
     }
 
     /// Splits of attention up to `position`.
@@ -471,15 +480,16 @@ impl Group {
         rows: Rows,
         args: impl Fn(Product) -> A,
     ) -> Result<()> {
-        if let (Some(kernel), Some(split)) = (projections.wide(rows.most), &self.kernels.split_rows) {
+        let tiles = units.div_ceil(WIDE_UNITS);
+        let wide = projections.wide(rows.most).filter(|_| tiles <= MOST_BLOCKS_Y);
+        if let (Some(kernel), Some(split)) = (wide, &self.kernels.split_rows) {
             let to = self.buffers.split.address();
             let grid = Grid { blocks: (u32_of(rows.all), 1, 1), threads: (128, 1, 1), shared: 0 };
             // SAFETY: a row for each index of the lists; `split` has as many, as wide as the widest input (see
             // `Sizes::new`).
             unsafe { self.gpu.launch(&self.stream, split, grid, &SplitArgs { product, to }) }?;
             product.x = to;
-            let blocks = (rows.most.div_ceil(WIDE_ROWS), units.div_ceil(WIDE_UNITS));
-            let blocks = (u32_of(blocks.0), u32_of(blocks.1), self.sets());
+            let blocks = (u32_of(rows.most.div_ceil(WIDE_ROWS)), u32_of(tiles), self.sets());
             let grid = Grid { blocks, threads: (256, 1, 1), shared: 0 };
             // SAFETY: as below, and `split` has been written for these rows.
             return unsafe { self.gpu.launch(&self.stream, kernel, grid, &args(product)) };
@@ -511,6 +521,9 @@ impl Group {
         u32_of(self.members.owners.len())
     }
 }
+
+/// Blocks of a grid along y, at most.
+const MOST_BLOCKS_Y: usize = 65_535;
 
 /// How many rows a projection computes: of all sets, and of the set that has the most.
 #[derive(Clone, Copy, Debug)]

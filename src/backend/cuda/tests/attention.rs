@@ -258,11 +258,16 @@ fn merge(bed: &Bed, case: Case) -> Found {
     })
 }
 
-/// One launch of `attention_wide_N`: the last rows of each sequence, in tiles.
-fn tiles(bed: &Bed, case: Case) -> Found {
+/// One launch of `attention_wide_N`: the last rows of each sequence, in tiles. `spoilt`, a value at the last position of
+/// the first sequence is NaN, and so are the rows that see it, and no others.
+fn tiles(bed: &Bed, case: Case, spoilt: bool) -> Found {
     let Case { heads, kv_heads, head_dim, lengths, sharpness } = case;
     let rng = &mut Rng((heads * 31 + head_dim) as u64);
-    let (cache, query_stride) = (Cache::new(case, rng), stride(heads * head_dim));
+    let (mut cache, query_stride) = (Cache::new(case, rng), stride(heads * head_dim));
+    if spoilt {
+        let at = cache.at(case, 0, lengths[0] - 1, kv_heads);
+        cache.numbers[at + head_dim / 2] = f32::NAN;
+    }
     let (mut of_row, mut tile_first, mut tile_rows) = (Vec::new(), Vec::new(), Vec::new());
     for (sequence, &length) in lengths.iter().enumerate() {
         let rows = length.min(75);
@@ -311,6 +316,22 @@ fn tiles(bed: &Bed, case: Case) -> Found {
     };
     let expected: Vec<Vec<Near>> =
         (0..of_row.len() * heads).map(|at| row_and_head(at / heads, at % heads)).collect();
+    if spoilt {
+        for (at, &x) in attended.numbers(bed)?.iter().enumerate() {
+            let (row, at) = (at / query_stride, at % query_stride);
+            let (head, (sequence, position)) = ((at / head_dim).min(heads - 1), of_row[row]);
+            let sees = cache.table[sequence] == cache.table[0] && position + 1 >= lengths[0];
+            // Rows that see it may keep their other columns.
+            let fits = match sees && head < heads / kv_heads {
+                true => x.is_nan() || at % head_dim != head_dim / 2,
+                false => expected[row * heads + head][at % head_dim].holds(x),
+            };
+            if at < heads * head_dim && !fits {
+                return Err(format!("{case:?}: row {row}, {at}: {x}"));
+            }
+        }
+        return Ok(());
+    }
     attended.check(bed, &case, |at| {
         let (row, at) = (at / query_stride, at % query_stride);
         (at < heads * head_dim).then(|| expected[row * heads + at / head_dim][at % head_dim])
@@ -419,7 +440,8 @@ fn tiles_against_a_plain_softmax() {
         Case { sharpness: 1.0, ..case(2, 1, 128, &[50, 16]) },
         case(1, 1, 256, &[31]),
     ] {
-        tiles(&bed, case).unwrap();
+        tiles(&bed, case, false).unwrap();
+        tiles(&bed, case, true).unwrap();
     }
     bed.assert_every(&["attention_wide"], |_| true);
 }
@@ -446,6 +468,6 @@ fn a_wrong_number_is_noticed() {
     const TILES: Case = Case { heads: 4, kv_heads: 2, head_dim: 24, lengths: &[40, 70, 20], sharpness: 0.1 };
     let of_tiles = [(96, "model_stride"), (104, "query_stride"), (108, "table_stride"), (116, "kv_heads")];
     for (at, name) in of_tiles.into_iter().chain([(120, "head_dim")]) {
-        assert_noticed("attention_wide_8", at, name, |bed| tiles(bed, TILES));
+        assert_noticed("attention_wide_8", at, name, |bed| tiles(bed, TILES, false));
     }
 }
