@@ -44,9 +44,9 @@ __device__ inline void fetch(const AttentionArgs& args, const float* cache, u32 
 // attended[row, head, :] = Σ_k softmax_k(q[row, head] · K[k] / √head_dim) V[k] over the positions k up to the row's own
 //
 // Sixteen positions, a block of the cache, at a time: scores, their softmax in online form, and its product with the
-// values, by mma.sync m16n8k8 of tf32 with three products for one, so that f32 loses nothing. The keys of the next
-// block come while this one's values are multiplied, and the other way round. Rows of staged keys and values are an
-// odd number of four banks long: fragments are read without conflicts.
+// values, by mma.sync m16n8k8 of tf32 with three products for one, so that 22 of the 24 bits of an f32 count. The keys
+// of the next block come while this one's values are multiplied, and the other way round. Rows of staged keys and
+// values are an odd number of four banks long: fragments are read without conflicts.
 //
 // grid   (tiles, heads, ⌈head_dim / 128⌉) × 128 threads; a warp is sixteen rows, blockIdx.z 128 columns of the values
 // shared 2 · 16 · (head_dim rounded up to 32, + 4) f32

@@ -2,8 +2,9 @@
 //!
 //! A row is searched in slices of the vocabulary, each in one pass for all candidates of all experts
 //! (`slice`, `walk`); the slices' sums are merged in order, a few dozen operations in f64 choose α, and
-//! one more pass over the row's fused logits finds their argmax; they are written only where a sampler reads them. Nothing is allocated after the
-//! first call of a size, and results depend neither on the number of threads nor on the other rows.
+//! one more pass over the row's fused logits finds their argmax; they are written only where a sampler
+//! reads them. Nothing is allocated after the first call of a size, and results depend neither on the
+//! number of threads nor on the other rows.
 
 mod fused;
 mod models;
