@@ -69,13 +69,12 @@ pub(crate) struct Group {
     sin: Buffer<f32>,
     buffers: Buffers,
     plan: Plan,
+    /// Of the last batch.
     rows: Vec<Row>,
     /// The lists of the plan as one copy takes them.
     words: Vec<u32>,
     /// Rows of a turn at most.
     capacity: usize,
-    /// Turns of the last batch: its lists are those of the last one.
-    turns: usize,
     /// Positions of a sequence at most.
     positions: usize,
     /// Blocks of a table at most.
@@ -153,7 +152,6 @@ impl Group {
             rows: Vec::new(),
             words: Vec::new(),
             capacity,
-            turns: 0,
             positions,
             table_stride,
         }))
@@ -198,12 +196,9 @@ impl Group {
             rows.sort_by_key(|row| row.position);
         }
         self.plan.clear();
-        self.turns = rows.len().div_ceil(self.capacity);
         for turn in rows.chunks_mut(self.capacity) {
             self.plan.fill(&self.members, batch, turn, logits.slots, self.table_stride);
-            if self.kernels.attention_wide.is_some() {
-                self.plan.tile(MOST_ROWS);
-            }
+            self.plan.tile(if self.kernels.attention_wide.is_some() { MOST_ROWS } else { usize::MAX });
             self.upload()?;
             self.run(self.splits(self.plan.last_position() as usize), logits)?;
         }
@@ -211,9 +206,9 @@ impl Group {
         Ok(())
     }
 
-    /// Whether the lists hold all rows of the last batch, so that they can be moved to the next step.
+    /// Whether the last batch took one turn: the lists, which are the last turn's, can then be moved to the next step.
     pub(crate) fn is_whole(&self) -> bool {
-        self.turns <= 1
+        self.rows.len() == self.plan.rows()
     }
 
     /// Splits of attention up to `position`.

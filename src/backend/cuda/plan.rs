@@ -125,12 +125,10 @@ impl Plan {
         }
         self.set_first.resize(members.owners.len() + 1, self.token.len() as u32);
         self.wanted_first.resize(members.owners.len() + 1, self.wanted.len() as u32);
-        self.alone.extend(0..self.token.len() as u32);
     }
 
-    /// Lets the rows of a sequence attend together where they are more than `most`: in tiles, by position.
+    /// Says how the rows attend: those of a sequence together where they are more than `most`, in tiles by position.
     pub(crate) fn tile(&mut self, most: usize) {
-        self.alone.clear();
         let mut first = 0;
         for sequence in self.table.chunk_by(|a, b| a == b) {
             let rows = first..first + sequence.len() as u32;
@@ -271,10 +269,12 @@ mod tests {
         }
         let mut plan = Plan::default();
         plan.fill(&members, &Batch { rows: &[], tables: &tables }, &mut rows, 1, 9);
-        assert_eq!(plan.alone.len(), 165);
         plan.tile(16);
         assert_eq!((&plan.tile_first, &plan.tile_rows), (&vec![2, 66, 130, 148], &vec![64, 64, 2, 17]));
         assert_eq!(plan.alone, [0, 1].into_iter().chain(132..148).collect::<Vec<_>>());
+        plan.fill(&members, &Batch { rows: &[], tables: &tables }, &mut rows, 1, 9);
+        plan.tile(usize::MAX);
+        assert_eq!((plan.alone.len(), plan.tile_first.len(), plan.tile_rows.len()), (165, 0, 0));
     }
 
     #[test]
