@@ -431,6 +431,11 @@ impl Decoder<'_> {
             ("popc", "b64") => (map1(|a: u64| a.count_ones()), false, &[true]),
             ("clz", "b32") => (map1(|a: u32| a.leading_zeros()), false, &b32[..1]),
             ("clz", "b64") => (map1(|a: u64| a.leading_zeros()), false, &[true]),
+            // How far left the highest bit is from the top: no bit is u32::MAX.
+            ("bfind", "u32") if mods.take("shiftamt") => {
+                let shift = |a: u32| if a == 0 { u32::MAX } else { a.leading_zeros() };
+                (map1(shift), false, &b32[..1])
+            }
             ("bfind", "u32") => (map1(|a: u32| 31u32.wrapping_sub(a.leading_zeros())), false, &b32[..1]),
             ("bfind", "u64") => (map1(|a: u64| 63u32.wrapping_sub(a.leading_zeros())), false, &[true]),
             ("bfind", "s32") => (

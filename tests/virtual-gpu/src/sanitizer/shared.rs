@@ -135,7 +135,8 @@ fn unordered(before: Stamp, now: Stamp) -> bool {
 /// Both readers in one stamp: the later phase wins, several threads become "many".
 #[inline(always)]
 fn merge(old: Stamp, now: Stamp) -> Stamp {
-    if old.phase != now.phase || old.who == now.who {
+    // What is ordered before `now` is ordered before whatever is ordered after `now`.
+    if old.phase != now.phase || !unordered(old, now) {
         return now;
     }
     let old_warp = if old.who >= MANY_IN_WARP { old.who & 0x7fff } else { old.who / 32 };
@@ -179,6 +180,19 @@ mod tests {
         assert_eq!(h.access(0, 4, at(0, 1, 0), Use::Atomic), None);
         assert_eq!(h.access(0, 4, at(99, 1, 0), Use::Atomic), None);
         assert_eq!(h.access(0, 4, at(0, 1, 0), Use::Read), Some(Race::ReadAfterWrite(99)));
+    }
+
+    #[test]
+    fn a_reader_before_a_warp_barrier_is_no_reader_after_it() {
+        let mut h = SharedHistory::new(64);
+        assert_eq!(h.access(0, 4, at(1, 1, 0), Use::Read), None);
+        assert_eq!(h.access(0, 4, at(2, 1, 1), Use::Read), None);
+        assert_eq!(h.access(0, 4, at(2, 1, 1), Use::Write), None);
+        assert_eq!(h.access(0, 4, at(3, 1, 1), Use::Write), Some(Race::WriteAfterWrite(2)));
+        // Of another warp, no warp barrier orders them.
+        assert_eq!(h.access(4, 4, at(1, 1, 0), Use::Read), None);
+        assert_eq!(h.access(4, 4, at(2, 1, 1), Use::Read), None);
+        assert_eq!(h.access(4, 4, at(40, 1, 1), Use::Write), Some(Race::WriteAfterRead(Some(2))));
     }
 
     #[test]
