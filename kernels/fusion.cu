@@ -15,16 +15,17 @@
 //         candidate needs a shuffle. The warps of a block merge, a block writes its partial states, and the last
 //         block of a row (a ticket after a fence) merges the slices in order, decides in f64 and resets the ticket,
 //         so that a graph can replay the launch.
+//         Where the minimum between candidates is sought, it follows from the same sums; the last block then reads the
+//         row again, from the L2 cache, for what belongs to that α.
 // bytes   (2 + experts) · vocab_size · 4 a row, and the partial states twice: slices · lanes · 24
 // bound   latency: at 32000 tokens the logits lie in the L2 cache, and the walk is a few thousand instructions a warp
 // needs   vocab_stride ≥ vocab_size; lanes ≤ 32 · ROUNDS; tickets zero before the first launch
-#include "fusion.cuh"
+#include "noise.cuh"
+#include "refine.cuh"
 
-constexpr u32 MAX_MODELS = MAX_EXPERTS + 2;
 constexpr u32 WARPS = 8;
 constexpr u32 COMBINED = MAX_EXPERTS;   // the direction Σ c_t D_t
 constexpr u32 NO_DIRECTION = COMBINED + 1;
-constexpr u32 NOBODY = 0xffffffffu;
 constexpr u64 ALL_FINITE = ~0ull;
 
 struct alignas(8) Partial {
@@ -51,27 +52,6 @@ struct FuseArgs {
     u32 lane_stride;
     u32 model_count;         // at most MAX_MODELS
 };
-
-// Ten rounds of Philox4x32; word id % 4 at counter (id / 4, step, 0) belongs to a token.
-__device__ u32 philox(const FuseRow& row, u32 id) {
-    u32 c0 = id / 4, c1 = row.step[0], c2 = row.step[1], c3 = 0;
-    u32 k0 = row.seed[0], k1 = row.seed[1];
-#pragma unroll
-    for (u32 round = 0; round < 10; round++) {
-        const u32 low_a = 0xD2511F53u * c0, high_a = __umulhi(0xD2511F53u, c0);
-        const u32 low_b = 0xCD9E8D57u * c2, high_b = __umulhi(0xCD9E8D57u, c2);
-        c0 = high_b ^ c1 ^ k0, c1 = low_b, c2 = high_a ^ c3 ^ k1, c3 = low_a;
-        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
-    return id % 4 == 0 ? c0 : id % 4 == 1 ? c1 : id % 4 == 2 ? c2 : c3;
-}
-
-// −ln(−ln u), u = (w + ½) / 2³²; near 1 the distance from 1 is what counts.
-__device__ float gumbel(u32 word) {
-    const float step = 2.3283064365386963e-10f;
-    const float inner = word < 0x80000000u ? -logf((float(word) + 0.5f) * step) : -log1pf(-(float(~word) + 0.5f) * step);
-    return -logf(inner);
-}
 
 // What another block wrote: past the first-level cache.
 __device__ Partial read(const Partial* from) {
@@ -203,29 +183,38 @@ __device__ double loss_of(const FuseRow& row, const FuseResult& result, double f
     return loss;
 }
 
+// What follows from the chosen distribution.
+__device__ void settle(const FuseRow& row, FuseResult& result, const Merged& chosen) {
+    result.log_sum_fused = chosen.log_sum;
+    result.argmax_fused = chosen.best;
+    result.token = row.forced != NOBODY ? row.forced : row.scale > 0 ? chosen.drawn : chosen.best;
+}
+
 // The decision of a row whose lanes are merged; one thread.
-__device__ void decide(const FuseArgs& args, const FuseRow& row, const Merged* lanes, u32 row_index) {
+__device__ void decide(const FuseArgs& args, const FuseRow& row, const FuseLayout& layout, const Merged* lanes, u32 row_index) {
     FuseResult& result = args.results[row_index];
     result.not_finite = args.not_finite[row_index];
     args.not_finite[row_index] = ALL_FINITE;
     result.empty = lanes[0].empty;
     for (u32 t = 0; t < row.experts; t++) {
-        const Merged& small = lanes[row.target[t]];
-        const Merged& expert = lanes[row.target[t] + 1];
+        const Merged& small = lanes[layout.target[t]];
+        const Merged& expert = lanes[layout.target[t] + 1];
         divergences(small, expert, 1, result.forward_target[t], result.reverse_target[t]);
         result.log_sum_small = small.log_sum;
         result.log_sum_expert[t] = expert.log_sum;
         result.argmax_expert[t] = expert.best;
+        result.alpha[t] = row.held ? row.coefficient[t] : 0;
     }
     result.log_sum_base = lanes[0].log_sum;
     result.argmax_base = lanes[0].best;
     u32 chosen = 0;
     bool any = false;
-    for (u32 track = 0; track < row.tracks; track++) {
-        for (u32 k = 0; k < row.candidates[track]; k++) {
-            const u32 index = row.track[track] + 1 + k;
+    for (u32 track = 0; track < layout.tracks; track++) {
+        const u32 base = layout.track[track];
+        for (u32 k = 0; k < layout.candidates[track]; k++) {
+            const u32 index = base + 1 + k;
             double forward, reverse;
-            divergences(lanes[row.track[track]], lanes[index], lanes[index].alpha, forward, reverse);
+            divergences(lanes[base], lanes[index], lanes[index].alpha, forward, reverse);
             const double loss = loss_of(row, result, forward, reverse);
             if (!any || loss < result.loss) {
                 result.loss = loss, result.forward = forward, result.reverse = reverse;
@@ -233,22 +222,79 @@ __device__ void decide(const FuseArgs& args, const FuseRow& row, const Merged* l
             }
         }
     }
-    result.log_sum_fused = lanes[chosen].log_sum;
-    result.argmax_fused = lanes[chosen].best;
-    result.token = row.forced != NOBODY ? row.forced : row.scale > 0 ? lanes[chosen].drawn : lanes[chosen].best;
-    if (args.stamps) {
-        result.begun = args.stamps[0], result.large_done = args.stamps[1];
-        result.done = now();
-    }
+    if (!row.held && any) result.alpha[result.track] = lanes[chosen].alpha;
+    settle(row, result, lanes[chosen]);
 }
 
-// What a model gave for the chosen token: the base for number 0, the small model for 1, the experts from 2 on.
-__device__ void tell(const FuseArgs& args, const FuseRow& row, const float* const* models, u32 row_index, u32 number) {
-    FuseResult& result = args.results[row_index];
-    const u64 at = u64(row.slot) * args.vocab_stride + min(result.token, args.vocab_size - 1);
-    if (number == 0) result.logit_base = models[row.base_model][at];
-    else if (number == 1) result.logit_small = row.experts ? models[args.small_model][at] : 0;
-    else result.logit_expert[number - 2] = models[args.first_expert + number - 2][at];
+// Both parts of two threads together.
+__device__ Partial exchange(const Partial& own, u32 distance) {
+    return {
+        __shfl_xor_sync(ALL_LANES, own.m, distance),   __shfl_xor_sync(ALL_LANES, own.s, distance),
+        __shfl_xor_sync(ALL_LANES, own.u, distance),   __shfl_xor_sync(ALL_LANES, own.best, distance),
+        __shfl_xor_sync(ALL_LANES, own.key, distance), __shfl_xor_sync(ALL_LANES, own.drawn, distance),
+    };
+}
+
+// The state of x = L + α D_t over the whole row, by one block; valid in thread 0. `of_warps` is room for it.
+__device__ Partial measure(
+    const FuseArgs& args, const FuseRow& row, const float* const* models, u32 expert, float alpha, Partial* of_warps
+) {
+    Partial state = {-INFINITE, 0, 0, 0, -INFINITE, 0};
+    const u64 first = u64(row.slot) * args.vocab_stride;
+    for (u32 token = threadIdx.x; token < args.vocab_size; token += blockDim.x) {
+        const float large = models[row.base_model][first + token], small = models[args.small_model][first + token];
+        bool excluded = large == -INFINITE || small == -INFINITE;
+        float d = 0;
+        for (u32 t = 0; t < row.experts; t++) {
+            const float logit = models[args.first_expert + t][first + token];
+            excluded |= logit == -INFINITE;
+            if (t == expert) d = logit - small;
+        }
+        if (excluded) continue;
+        const float x = fmaf(alpha, d, large);
+        const float key = row.scale > 0 ? fmaf(x, row.scale, gumbel(philox(row, token))) : x;
+        merge(state, {x, 1, d, token, key, token});
+    }
+    for (u32 distance = WARP / 2; distance > 0; distance /= 2) merge(state, exchange(state, distance));
+    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = state;
+    __syncthreads();
+    state = of_warps[0];
+    for (u32 w = 1; w < WARPS; w++) merge(state, of_warps[w]);
+    return state;
+}
+
+// Moves the α of a row that is decided to the minimum between the candidates, from their sums, and takes the row's numbers
+// from there: a second look at the row, by its last block.
+__device__ void refine_row(
+    const FuseArgs& args, const FuseRow& row, const FuseLayout& layout, const float* const* models, const Merged* lanes,
+    FuseResult& result
+) {
+    __shared__ double minimum;
+    __shared__ Partial of_warps[WARPS];
+    __syncthreads();
+    const Merged& base = lanes[layout.track[result.track]];
+    if (threadIdx.x < WARP) {
+        const auto knot = [&](u32 k) {
+            const Merged& candidate = (&base)[1 + k];
+            return Knot{candidate.alpha, candidate.log_sum - base.log_sum, candidate.mean};
+        };
+        const auto loss = [&](double alpha, double a, double slope) {
+            return loss_of(row, result, alpha * slope - a, a - alpha * base.mean);
+        };
+        const double alpha = refine(result.candidate, layout.candidates[result.track], knot, loss);
+        if (threadIdx.x == 0) minimum = alpha;
+    }
+    __syncthreads();
+    const double alpha = minimum;
+    const Partial state = measure(args, row, models, result.track, float(alpha), of_warps);
+    if (threadIdx.x != 0) return;
+    const Merged refined = {
+        double(state.m) + log(double(state.s)), double(state.u) / double(state.s), state.best, state.drawn, float(alpha), 0,
+    };
+    divergences(base, refined, alpha, result.forward, result.reverse);
+    result.loss = loss_of(row, result, result.forward, result.reverse);
+    result.alpha[result.track] = alpha;
+    settle(row, result, refined);
 }
 
 // Dynamic shared memory: a tile a warp; then (WARPS, lanes) partial states; then the merged lanes.
@@ -267,7 +313,8 @@ __device__ void fuse(const FuseArgs& args) {
     copy(&row, args.rows + row_index, sizeof(FuseRow));
     copy(models, args.models, args.model_count * sizeof(models[0]));
     __syncthreads();
-    copy(lanes, args.lanes + row.first_lane, row.lane_count * sizeof(FuseLane));
+    const FuseLayout& layout = row.layout[row.held];
+    copy(lanes, args.lanes + row.first_lane + layout.first, layout.lanes * sizeof(FuseLane));
     __syncthreads();
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const Partial nothing = {-INFINITE, 0, 0, 0, -INFINITE, 0};
@@ -279,7 +326,7 @@ __device__ void fuse(const FuseArgs& args) {
     for (u32 r = 0; r < ROUNDS; r++) {
         states[r] = nothing;
         const u32 index = r * WARP + lane;
-        mine[r] = index < row.lane_count ? lanes[index] : FuseLane{0, 0, NO_DIRECTION};
+        mine[r] = index < layout.lanes ? lanes[index] : FuseLane{0, 0, NO_DIRECTION};
     }
     const Tile tile = {reinterpret_cast<float*>(memory) + warp * Tile::size(row.experts), row.experts};
     const u32 end = min(args.vocab_size, (slice + 1) * args.slice);
@@ -296,13 +343,13 @@ __device__ void fuse(const FuseArgs& args) {
 #pragma unroll
     for (u32 r = 0; r < ROUNDS; r++) {
         const u32 index = r * WARP + lane;
-        if (index < row.lane_count) of_warps[warp * row.lane_count + index] = states[r];
+        if (index < layout.lanes) of_warps[warp * layout.lanes + index] = states[r];
     }
     __syncthreads();
     Partial* of_slices = args.partial + u64(row_index) * slices * args.lane_stride;
-    for (u32 index = threadIdx.x; index < row.lane_count; index += blockDim.x) {
+    for (u32 index = threadIdx.x; index < layout.lanes; index += blockDim.x) {
         Partial sum = of_warps[index];
-        for (u32 w = 1; w < WARPS; w++) merge(sum, of_warps[w * row.lane_count + index]);
+        for (u32 w = 1; w < WARPS; w++) merge(sum, of_warps[w * layout.lanes + index]);
         of_slices[slice * args.lane_stride + index] = sum;
     }
     // The barrier brings the block's states to thread 0, whose fence brings them to the other blocks; the last block
@@ -317,7 +364,7 @@ __device__ void fuse(const FuseArgs& args) {
     if (ticket != slices - 1) return;
 
     Merged* merged = reinterpret_cast<Merged*>(memory);
-    for (u32 index = threadIdx.x; index < row.lane_count; index += blockDim.x) {
+    for (u32 index = threadIdx.x; index < layout.lanes; index += blockDim.x) {
         Partial top = nothing;
         double sum = 0, weighted = 0;
         for (u32 s = 0; s < slices; s++) {
@@ -337,13 +384,23 @@ __device__ void fuse(const FuseArgs& args) {
         merged[index] = {double(top.m) + log(sum), weighted / sum, top.best, top.drawn, lanes[index].alpha, sum == 0};
     }
     __syncthreads();
+    FuseResult& result = args.results[row_index];
     if (threadIdx.x == 0) {
-        decide(args, row, merged, row_index);
+        decide(args, row, layout, merged, row_index);
         args.tickets[row_index] = 0;
+    }
+    __syncthreads();
+    if (row.refined && !row.held && !result.empty && layout.candidates[result.track] > 1) {
+        refine_row(args, row, layout, models, merged, result);
     }
     // All that tell are in the warp of thread 0.
     __syncwarp();
-    if (threadIdx.x < 2 + row.experts) tell(args, row, models, row_index, threadIdx.x);
+    const u64 at = u64(row.slot) * args.vocab_stride + min(result.token, args.vocab_size - 1);
+    if (threadIdx.x < 2 + row.experts) tell(row, models, at, args.small_model, args.first_expert, result, threadIdx.x);
+    if (threadIdx.x == 0 && args.stamps) {
+        result.begun = args.stamps[0], result.large_done = args.stamps[1];
+        result.done = now();
+    }
 }
 
 #define FUSE(ROUNDS, BLOCKS) \

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use dlf_engine::Ensemble;
 use dlf_engine::backend::Limits;
 use dlf_engine::backend::cuda::{CudaBackend, CudaOptions};
-use dlf_engine::fusion::{DynamicRule, FusionRule};
+use dlf_engine::fusion::{DynamicRule, FusionRule, SearchMode};
 use dlf_engine::model::{LlamaModel, Role};
 use dlf_engine::weights::Dtype;
 use dlf_engine::{Generator, Request, SamplingParams, Step};
@@ -64,14 +64,33 @@ fn prompt(seed: usize, length: usize) -> Vec<u32> {
 /// Sequences that end at different steps, under rules of every kind.
 fn requests() -> Vec<Request> {
     let sampled = SamplingParams { temperature: 0.9, seed: 5, ..SamplingParams::default() };
-    let held = FusionRule::Dynamic(DynamicRule { every: 3, ..DynamicRule::default() });
+    let every = |every, mode| FusionRule::Dynamic(DynamicRule { every, mode, ..DynamicRule::default() });
+    let truncated = SamplingParams {
+        temperature: 1.3,
+        top_k: 40,
+        top_p: 0.9,
+        min_p: 0.01,
+        repetition_penalty: 1.2,
+        presence_penalty: 0.4,
+        frequency_penalty: 0.3,
+        seed: 11,
+        ..SamplingParams::default()
+    };
+    let biased =
+        SamplingParams { logit_bias: vec![(3, 4.0), (9, f32::NEG_INFINITY)], ..SamplingParams::default() };
     let mut requests = vec![
         Request::new(prompt(0, 5), 12),
         Request::new(prompt(1, 17), 7).rule(FusionRule::Static(std::iter::once(0.7).collect())),
         Request::new(prompt(2, 3), 9).sampling(sampled),
-        Request::new(prompt(3, 4), 5).rule(held),
+        Request::new(prompt(3, 4), 9).rule(every(3, SearchMode::Grid)),
         Request::new(prompt(4, 6), 6).rule(FusionRule::Large),
+        Request::new(prompt(5, 7), 10).sampling(truncated),
+        Request::new(prompt(6, 2), 8).rule(every(1, SearchMode::Refine)),
+        Request::new(prompt(7, 5), 9).rule(every(2, SearchMode::Refine)).sampling(biased),
     ];
+    // Ends of the text are banned up to there: the step after it can't be foreseen.
+    requests[7].min_new_tokens = 5;
+    requests[7].stop_token_ids = vec![1, 2];
     for request in &mut requests {
         request.ignore_eos = true;
     }
@@ -84,20 +103,21 @@ fn graphs_give_what_eager_launches_give() {
     for ensemble in [ensemble(2), Arc::new(Ensemble::from_models(models).unwrap())] {
         // Alone, where a long chain of steps runs ahead, and all together, where sequences end and chains break.
         let mut launched = 0;
-        for range in [0..1, 1..2, 2..3, 4..5, 0..5] {
+        for range in (0..8).map(|one| one..one + 1).chain([0..5, 0..8]) {
             let (eager_gpu, mut eager) = open(&ensemble, false);
             let (gpu, mut graphs) = open(&ensemble, true);
             for request in &requests()[range] {
                 eager.push(request.clone()).unwrap();
                 graphs.push(request.clone()).unwrap();
             }
-            assert_same(&run(graphs), &run(eager));
+            let (graphs, eager) = (run(graphs), run(eager));
+            assert_same(&graphs, &eager);
             assert_eq!((gpu.reports(), eager_gpu.reports()), (vec![], vec![]));
             assert_eq!(eager_gpu.calls("cuGraphLaunch"), 0);
             launched += gpu.calls("cuGraphLaunch");
         }
-        // A chain begins at the third step: 10 + 5 + 7 + 4 of those alone.
-        assert!(launched >= 20, "{launched}");
+        // A chain begins at the third step: 10 + 5 + 7 + 7 + 4 + 8 + 6 of those alone, and some of the last.
+        assert!(launched >= 47, "{launched}");
     }
 }
 

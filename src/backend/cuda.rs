@@ -46,18 +46,17 @@ use std::time::{Duration, Instant};
 
 use ahead::{Ahead, Machine, fusion_time};
 use forward::{Group, LogitsPlace};
-use fusion::{DeviceFuser, Encoded, Roles, is_on_device};
+use fusion::{DeviceFuser, Encoded, Roles};
 use memory::Buffer;
 use needs::Needs;
 use relay::Relay;
 use weights::stride;
 
 use super::check::Checker;
-use super::cpu::fuse::{Fuser, sequential};
 use super::{Backend, Batch, ForwardTime, FuseRow, Limits};
 use crate::ensemble::Ensemble;
 use crate::error::{Error, Result};
-use crate::fusion::{Decision, Logits};
+use crate::fusion::Decision;
 use crate::model::Role;
 
 /// How a [`CudaBackend`] is built.
@@ -102,9 +101,7 @@ pub struct CudaBackend {
     small: Option<Group>,
     /// Where the small model and its experts are on another GPU.
     relay: Option<Relay>,
-    device_fuser: DeviceFuser,
-    /// For the rows that the kernel doesn't decide by itself.
-    fuser: Fuser,
+    fuser: DeviceFuser,
 }
 
 /// The largest head that the kernels of attention compute.
@@ -143,10 +140,12 @@ impl CudaBackend {
         let half = models.len() * limits.slots * stride(vocab_size);
         let [on_large, on_small] = [true, false].map(|large| Needs::of(&ensemble, of_role(large), limits));
         let logits_bytes = half * size_of::<f32>();
+        // Both halves, and the sampler's rows and counts.
+        let fused_bytes = 2 * logits_bytes + 2 * limits.slots * stride(vocab_size) * size_of::<f32>();
         if small_ordinal == ordinal {
-            (on_large + on_small).with_logits(2 * logits_bytes).check(&gpu)?;
+            (on_large + on_small).with_logits(fused_bytes).check(&gpu)?;
         } else {
-            on_large.with_logits(2 * logits_bytes).check(&gpu)?;
+            on_large.with_logits(fused_bytes).check(&gpu)?;
             on_small.with_logits(logits_bytes).check(&small_gpu)?;
         }
         let stream = gpu.stream()?;
@@ -169,7 +168,7 @@ impl CudaBackend {
             slots: limits.slots,
         });
         let roles = Roles(models.iter().map(|model| model.role).collect());
-        let device_fuser = DeviceFuser::new(&gpu, &stream, roles, places[0])?;
+        let fuser = DeviceFuser::new(&gpu, &stream, roles, places[0])?;
         let relay = match &small {
             Some(_) if small_ordinal != ordinal => Some(Relay::new(&small_gpu, places[0], half)?),
             _ => None,
@@ -190,8 +189,7 @@ impl CudaBackend {
             large,
             small,
             relay,
-            device_fuser,
-            fuser: Fuser::new(),
+            fuser,
             ensemble,
             gpu,
         })
@@ -226,7 +224,7 @@ impl CudaBackend {
             stream: &self.stream,
             large: self.large.as_ref(),
             small: self.small.as_ref(),
-            fuser: &mut self.device_fuser,
+            fuser: &mut self.fuser,
             places: self.places,
         };
         (&mut self.ahead, machine)
@@ -257,68 +255,45 @@ impl CudaBackend {
         Ok(ForwardTime { large, small: both.saturating_sub(large) })
     }
 
-    /// The rows as the kernel reads them, where it can decide them all.
+    /// The rows as the kernels read them, where one launch has room for all and none is wrong.
     fn encode(&self, rows: &[FuseRow<'_>]) -> Option<Vec<Encoded>> {
-        let fits = rows.len() <= self.device_fuser.capacity() && rows.iter().all(is_on_device);
-        let encode = |row: &FuseRow<'_>| self.device_fuser.encode(row).ok();
-        fits.then(|| rows.iter().map(encode).collect())?
+        let fits = rows.len() <= self.fuser.capacity();
+        fits.then(|| rows.iter().map(|row| self.fuser.encode(row).ok()).collect())?
     }
 
     /// The decisions of a step that has another ahead of it: its rows are those that `ahead` keeps.
     fn decode(&self, rows: &[FuseRow<'_>]) -> Vec<Result<Decision>> {
         // SAFETY: both callers have waited for this half's results.
-        let results = unsafe { self.device_fuser.results(self.half) };
-        let decode = |((row, encoded), result)| self.device_fuser.decode(row, encoded, result);
+        let results = unsafe { self.fuser.results(self.half) };
+        let decode = |((row, encoded), result)| self.fuser.decode(row, encoded, result);
         rows.iter().zip(self.ahead.fused()).zip(results).map(decode).collect()
     }
 
-    /// Decides rows that no step ahead has decided: one launch for all that the kernel can decide by itself; the
-    /// others (refined search, truncation, penalties, bans) are decided on the host, from the same logits.
+    /// Decides rows that no step ahead has decided.
     fn fuse_now(&mut self, rows: &[FuseRow<'_>]) -> Result<Vec<Result<Decision>>> {
         let foresees = self.half == 0 && self.ahead.foresees(rows);
         if let Some(encoded) = if foresees { self.encode(rows) } else { None } {
-            let Self { gpu, stream, device_fuser, places, .. } = &mut *self;
-            if let Some(shape) = device_fuser.upload(gpu, stream, encoded.iter())? {
-                device_fuser.launch(gpu, stream, shape, places[0].table, 0)?;
-                device_fuser.fetch(gpu, stream, shape, 0)?;
+            let (ahead, mut machine) = self.parts();
+            let room = ahead.room(&machine);
+            let Machine { gpu, stream, places, .. } = machine;
+            if let Some(shape) = machine.fuser.upload(gpu, stream, encoded.iter(), room)? {
+                machine.fuser.launch(gpu, stream, shape, places[0].table, 0)?;
+                machine.fuser.fetch(gpu, stream, shape, 0)?;
                 let done = gpu.record(stream)?;
-                let (ahead, mut machine) = self.parts();
                 ahead.begin(&mut machine, encoded, shape)?;
                 self.gpu.wait_for(&done)?;
                 return Ok(self.decode(rows));
             }
         }
-        let (device, host): (Vec<FuseRow<'_>>, Vec<FuseRow<'_>>) =
-            rows.iter().partition(|row| is_on_device(row));
-        let models = self.places[self.half].table;
-        let on_device = self.device_fuser.fuse(&self.gpu, &self.stream, models, &device)?;
-        let on_host = self.fuse_on_host(&host)?;
-        let (mut on_device, mut on_host) = (on_device.into_iter(), on_host.into_iter());
-        let next = |row| if is_on_device(row) { on_device.next() } else { on_host.next() };
-        Ok(rows.iter().filter_map(next).collect())
+        self.fuser.fuse(&self.gpu, &self.stream, self.places[self.half].table, rows)
     }
 
-    fn fuse_on_host(&mut self, rows: &[FuseRow<'_>]) -> Result<Vec<Result<Decision>>> {
-        let mut all = Vec::with_capacity(rows.len());
-        for row in rows {
-            let models = 0..self.ensemble.models().len();
-            all.push(models.map(|model| self.read(model, row.slot)).collect::<Result<Vec<_>>>()?);
-        }
-        let ensemble = &self.ensemble;
-        let row_logits = |row: usize| {
-            let mut of_row = Logits::default();
-            for (model, logits) in ensemble.models().iter().zip(&all[row]) {
-                match model.role {
-                    Role::Large => of_row.large = Some(logits),
-                    Role::Small => of_row.small = Some(logits),
-                    Role::Expert(_) => of_row.experts.push(logits),
-                }
-            }
-            of_row
-        };
-        let mut decisions = Vec::with_capacity(rows.len());
-        self.fuser.fuse(&mut sequential, rows, &row_logits, &mut decisions);
-        Ok(decisions)
+    /// An error of `row` with the number that isn't finite, which the kernels don't tell.
+    fn explain(&self, row: &FuseRow<'_>, error: Error) -> Result<Error> {
+        let Error::NotFinite { role, step, token, .. } = error else { return Ok(error) };
+        let model = self.ensemble.models().iter().position(|model| model.role == role).unwrap_or(0);
+        let value = self.read(model, row.slot)?.get(token as usize).copied().unwrap_or(f32::NAN);
+        Ok(Error::NotFinite { role, step, token, value })
     }
 }
 
@@ -355,17 +330,16 @@ impl Backend for CudaBackend {
         let (ahead, machine) = self.parts();
         let (found, time) = if ahead.decided(&machine, foreseen)? {
             // SAFETY: `forward` has waited for them.
-            let time = fusion_time(unsafe { self.device_fuser.results(self.half) });
+            let time = fusion_time(unsafe { self.fuser.results(self.half) });
             (self.decode(rows), Some(time))
         } else {
             (self.fuse_now(rows)?, None)
         };
         for (row, decision) in rows.iter().zip(found) {
-            match decision {
-                // The host says which value it is, and that is worth a copy of the row.
-                Err(Error::NotFinite { .. }) => decisions.extend(self.fuse_on_host(&[*row])?),
-                decision => decisions.push(decision),
-            }
+            decisions.push(match decision {
+                Err(error) => Err(self.explain(row, error)?),
+                decision => decision,
+            });
         }
         Ok(time.unwrap_or_else(|| started.elapsed()))
     }

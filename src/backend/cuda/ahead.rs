@@ -27,7 +27,6 @@ use super::kernels::{AdvanceArgs, StampArgs};
 use super::memory::Buffer;
 use crate::backend::{Batch, Choice, ForwardTime, FuseRow, Row};
 use crate::error::Result;
-use crate::fusion::FusionRule;
 use crate::kv_cache::BLOCK_SIZE;
 
 /// Recorded steps that are kept: batch sizes in use, lengths as powers of two, and two halves of the logits.
@@ -62,7 +61,7 @@ struct Flying {
 
 /// Steps that follow each other on the GPU.
 struct Chain {
-    /// The rows of fusion at the last step that was asked for.
+    /// The rows of fusion at the last step that was asked for, or as they were foreseen for it.
     fused: Vec<Encoded>,
     shape: FuseShape,
     /// Launched, and not asked for yet.
@@ -150,6 +149,9 @@ impl Ahead {
         for row in &mut self.rows {
             row.position += 1;
         }
+        if let Some(chain) = &mut self.chain {
+            chain.fused.iter_mut().zip(last).for_each(|(row, found)| row.advance(found));
+        }
         self.launch(machine, 1 - flying.half)?;
         machine.gpu.wait_for(&flying.done)?;
         // SAFETY: it was just waited for, and the step behind it writes the other half.
@@ -174,7 +176,7 @@ impl Ahead {
         let chain = self.chain.as_mut();
         if let (Some(chain), Some(encoded)) = (chain, encoded) {
             let mut pairs = encoded.iter().zip(&chain.fused);
-            if encoded.len() == chain.fused.len() && pairs.all(|(new, old)| new.follows(old)) {
+            if encoded.len() == chain.fused.len() && pairs.all(|(asked, foreseen)| asked.is_as(foreseen)) {
                 chain.fused = encoded;
                 return Ok(true);
             }
@@ -190,13 +192,7 @@ impl Ahead {
 
     /// Whether the step after the last one can be foreseen, when `rows` decide that one.
     pub(crate) fn foresees(&self, rows: &[FuseRow<'_>]) -> bool {
-        let again = |row: &FuseRow<'_>| {
-            let searches = match row.rule {
-                FusionRule::Dynamic(rule) => rule.every == 1,
-                _ => true,
-            };
-            searches && row.held.is_none() && matches!(row.choice, Choice::Sample { .. })
-        };
+        let again = |row: &FuseRow<'_>| matches!(row.choice, Choice::Sample { .. });
         // Results stand in the order of `rows`, and the next step looks for them by slot.
         let in_order = |(index, row): (usize, &FuseRow<'_>)| row.slot == index;
         self.steady
@@ -206,6 +202,16 @@ impl Ahead {
             && rows.iter().enumerate().all(in_order)
     }
 
+    /// Steps that the blocks of the last one have positions for.
+    pub(crate) fn room(&self, machine: &Machine<'_>) -> usize {
+        let groups = [machine.large, machine.small];
+        let positions = groups.iter().flatten().map(|group| group.positions()).min().unwrap_or(0);
+        let left = |(row, blocks): (&Row, &Vec<u32>)| {
+            (blocks.len() * BLOCK_SIZE).min(positions).saturating_sub(row.position + 1)
+        };
+        self.rows.iter().zip(&self.blocks).map(left).min().unwrap_or(0)
+    }
+
     /// Launches the step after one that was computed on demand, whose rows of fusion were just launched in half 0.
     pub(crate) fn begin(
         &mut self,
@@ -213,12 +219,7 @@ impl Ahead {
         fused: Vec<Encoded>,
         shape: FuseShape,
     ) -> Result<()> {
-        let groups = [machine.large, machine.small];
-        let positions = groups.iter().flatten().map(|group| group.positions()).min().unwrap_or(0);
-        let left = |(row, blocks): (&Row, &Vec<u32>)| {
-            (blocks.len() * BLOCK_SIZE).min(positions).saturating_sub(row.position + 1)
-        };
-        let room = self.rows.iter().zip(&self.blocks).map(left).min().unwrap_or(0);
+        let room = self.room(machine);
         self.chain = Some(Chain { fused, shape, flying: None, room });
         self.launch(machine, 1)
     }
@@ -263,6 +264,7 @@ impl Ahead {
             small: rows(machine.small),
             results: machine.fuser.results_address(),
             fused: machine.fuser.rows_address(),
+            samples: machine.fuser.samples_address(),
             stamps: self.stamps.address(),
             slots: place.slots as u32,
             fused_rows: shape.fused.rows as u32,

@@ -7,7 +7,7 @@ use cudarc::driver::{CudaStream, result, sys};
 
 use super::device::Gpu;
 use super::forward::LogitsPlace;
-use super::fusion::{DeviceFuser, Roles, is_on_device};
+use super::fusion::{DeviceFuser, Roles};
 use super::memory::Buffer;
 use crate::backend::FuseRow;
 use crate::backend::cpu::check_row;
@@ -26,7 +26,8 @@ pub struct DeviceLogits {
     pub stride: usize,
 }
 
-/// Fuses logits on a GPU that another engine computed there, in one launch: no model is run, and no logit leaves it.
+/// Fuses logits on a GPU that another engine computed there, in one launch (a second one where a row has biases, bans,
+/// penalties or a truncated distribution): no model is run, and no logit leaves the GPU.
 ///
 /// It works in the device's primary context, which is the one of the CUDA runtime and of PyTorch.
 pub struct CudaFusion {
@@ -73,8 +74,7 @@ impl CudaFusion {
     /// cleared and gets one entry a row.
     ///
     /// # Errors
-    /// [`Error::Parameter`] where a row isn't there, or asks for what the kernel doesn't decide by itself (refined
-    /// search, truncation, penalties, bans); those of [`FusionRule::check`](crate::FusionRule::check);
+    /// [`Error::Parameter`] where a row isn't there; those of [`FusionRule::check`](crate::FusionRule::check);
     /// [`Error::Cuda`].
     ///
     /// # Safety
@@ -98,15 +98,6 @@ impl CudaFusion {
         }
         for row in rows {
             check_row(row, logits, self.shape.rows)?;
-            if !is_on_device(row) {
-                return Err(Error::Parameter {
-                    name: "row",
-                    expected:
-                        "a grid or a given alpha, and a token that is greedy, by temperature alone or given"
-                            .to_owned(),
-                    found: format!("{row:?}"),
-                });
-            }
         }
         let Self { gpu, stream, fuser, table, .. } = self;
         let address = |model: &Option<u64>| model.unwrap_or_default();

@@ -1,7 +1,9 @@
 //! The launch of the fusion kernel: rows in, decisions out. One launch for all rows, whatever the number of experts
-//! and candidates.
+//! and candidates; and one of the sampler's, where a row has biases, bans, penalties or a truncated distribution.
 
+mod result;
 mod rows;
+mod sample;
 
 use std::sync::Arc;
 
@@ -15,9 +17,11 @@ use crate::error::{Error, Result};
 use crate::fusion::Decision;
 use crate::model::Role;
 
-pub(crate) use rows::is_on_device;
-pub(super) use rows::{DeviceResult, DeviceRow, Encoded, Roles};
-use rows::{Lane, decode, encode, most_lanes};
+pub(super) use result::DeviceResult;
+use result::decode;
+pub(super) use rows::{DeviceRow, Encoded, Roles};
+use rows::{Lane, encode, most_lanes, most_lanes_of_row};
+pub(super) use sample::DeviceSample;
 
 /// Tokens of a slice of the vocabulary.
 const SLICE: usize = 1024;
@@ -25,6 +29,8 @@ const SLICE: usize = 1024;
 const ROUNDS: [usize; 4] = [1, 2, 4, 9];
 const WARP: usize = 32;
 const WARPS: usize = 8;
+/// Threads of a block of the sampler.
+const SAMPLER: u32 = 512;
 
 /// `Partial` in fusion.cu.
 #[derive(Clone, Copy, Debug, Default)]
@@ -52,6 +58,23 @@ struct FuseArgs {
     model_count: u32,
 }
 
+/// `SampleArgs` in sample.cu.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct SampleArgs {
+    models: u64,
+    rows: u64,
+    samples: u64,
+    results: u64,
+    fused: u64,
+    counts: u64,
+    stamps: u64,
+    vocab_stride: u32,
+    vocab_size: u32,
+    small_model: u32,
+    first_expert: u32,
+}
+
 // SAFETY: plain numbers in the layout of C, which is that of the kernel's structs.
 unsafe impl DeviceRepr for Lane {}
 // SAFETY: as above.
@@ -62,6 +85,10 @@ unsafe impl DeviceRepr for DeviceResult {}
 unsafe impl DeviceRepr for Partial {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for FuseArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for DeviceSample {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for SampleArgs {}
 // SAFETY: zeros are zeros.
 unsafe impl ValidAsZeroBits for Lane {}
 // SAFETY: as above.
@@ -70,6 +97,8 @@ unsafe impl ValidAsZeroBits for DeviceRow {}
 unsafe impl ValidAsZeroBits for DeviceResult {}
 // SAFETY: as above.
 unsafe impl ValidAsZeroBits for Partial {}
+// SAFETY: as above.
+unsafe impl ValidAsZeroBits for DeviceSample {}
 
 /// What the size of a launch follows from: launches of one shape differ only in what lies in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -77,11 +106,14 @@ pub(super) struct FuseShape {
     pub(super) rows: usize,
     lanes: usize,
     experts: usize,
+    /// Whether the sampler chooses tokens, too.
+    sampled: bool,
 }
 
 /// Fuses rows of logits that lie on the GPU.
 pub(crate) struct DeviceFuser {
     kernels: [Kernel; 4],
+    sampler: Kernel,
     place: LogitsPlace,
     roles: Roles,
     small_model: usize,
@@ -96,6 +128,13 @@ pub(crate) struct DeviceFuser {
     tickets: Buffer<u32>,
     not_finite: Buffer<u64>,
     results: Buffer<DeviceResult>,
+    samples: Buffer<DeviceSample>,
+    /// The sampler's rows: `(capacity, vocab_stride)`.
+    fused: Buffer<f32>,
+    /// How often each id was seen: `(capacity, vocab_stride)`, zeros between launches.
+    counts: Buffer<u32>,
+    /// Histories and biases; rows know where theirs lie.
+    lists: Buffer<u32>,
     /// Where results come to the host: those of even and of odd steps.
     host: [Landing<DeviceResult>; 2],
 }
@@ -121,6 +160,7 @@ impl DeviceFuser {
         gpu.write(stream, &mut not_finite, 0, &vec![u64::MAX; capacity])?;
         Ok(Self {
             kernels,
+            sampler: gpu.kernel("sample", "sample")?,
             place,
             small_model: roles.index(Role::Small).unwrap_or(0),
             first_expert: roles.index(Role::Expert(0)).unwrap_or(0),
@@ -129,11 +169,15 @@ impl DeviceFuser {
             capacity,
             lane_stride,
             rows: gpu.zeros(stream, capacity, "fusion")?,
-            lanes: gpu.zeros(stream, capacity * lane_stride, "fusion")?,
+            lanes: gpu.zeros(stream, capacity * most_lanes_of_row(experts), "fusion")?,
             partial: gpu.zeros(stream, capacity * slices * lane_stride, "fusion")?,
             tickets: gpu.zeros(stream, capacity, "fusion")?,
             not_finite,
             results: gpu.zeros(stream, capacity, "fusion")?,
+            samples: gpu.zeros(stream, capacity, "sampling")?,
+            fused: gpu.zeros(stream, capacity * place.vocab_stride, "sampling")?,
+            counts: gpu.zeros(stream, capacity * place.vocab_stride, "sampling")?,
+            lists: gpu.zeros(stream, 0, "sampling")?,
             host: [gpu.landing(capacity)?, gpu.landing(capacity)?],
         })
     }
@@ -148,13 +192,17 @@ impl DeviceFuser {
         self.rows.address()
     }
 
+    /// Where the sampler's rows lie: `(capacity,)` of [`DeviceSample`].
+    pub(super) fn samples_address(&self) -> u64 {
+        self.samples.address()
+    }
+
     /// Where the results lie: `(capacity,)` of [`DeviceResult`].
     pub(super) fn results_address(&self) -> u64 {
         self.results.address()
     }
 
-    /// Decides `rows`, for each of which [`is_on_device`] holds, from the models' logits: one decision or error
-    /// a row. Waits for the results.
+    /// Decides `rows` from the models' logits: one decision or error a row. Waits for the results.
     ///
     /// # Errors
     /// [`Error::Cuda`].
@@ -169,7 +217,7 @@ impl DeviceFuser {
         for part in rows.chunks(self.capacity) {
             let encoded: Vec<_> = part.iter().map(|row| self.encode(row)).collect();
             let good = encoded.iter().filter_map(|row| row.as_ref().ok());
-            if let Some(shape) = self.upload(gpu, stream, good)? {
+            if let Some(shape) = self.upload(gpu, stream, good, 0)? {
                 self.launch(gpu, stream, shape, models, 0)?;
                 self.fetch(gpu, stream, shape, 0)?;
                 gpu.synchronize(stream)?;
@@ -201,26 +249,60 @@ impl DeviceFuser {
         decode(&self.roles, row, encoded, result, &self.place)
     }
 
-    /// Copies rows, at most [`capacity`](Self::capacity), to the GPU; `None` where there are none.
+    /// Copies rows, at most [`capacity`](Self::capacity), to the GPU, with room for `room` more tokens in the history of
+    /// each; `None` where there are no rows. Nothing that was launched for earlier rows may be on its way.
     pub(super) fn upload<'a>(
         &mut self,
         gpu: &Gpu,
         stream: &Arc<CudaStream>,
         encoded: impl Iterator<Item = &'a Encoded>,
+        room: usize,
     ) -> Result<Option<FuseShape>> {
-        let (mut rows, mut lanes) = (Vec::new(), Vec::new());
-        let (mut most_lanes, mut experts) = (1, 0);
-        for encoded in encoded {
+        let encoded: Vec<&Encoded> = encoded.collect();
+        if encoded.is_empty() {
+            return Ok(None);
+        }
+        let (mut rows, mut lanes) = (Vec::with_capacity(encoded.len()), Vec::new());
+        let mut shape = FuseShape { rows: encoded.len(), lanes: 1, experts: 0, sampled: false };
+        for encoded in &encoded {
             let mut row = encoded.row;
             row.first_lane = lanes.len() as u32;
-            most_lanes = most_lanes.max(encoded.lanes.len());
-            experts = experts.max(row.experts as usize);
             rows.push(row);
             lanes.extend_from_slice(&encoded.lanes);
+            shape.lanes = shape.lanes.max(encoded.most_lanes());
+            shape.experts = shape.experts.max(encoded.row.experts as usize);
+            shape.sampled |= encoded.sampled.is_some();
         }
         gpu.write(stream, &mut self.rows, 0, &rows)?;
         gpu.write(stream, &mut self.lanes, 0, &lanes)?;
-        Ok((!rows.is_empty()).then_some(FuseShape { rows: rows.len(), lanes: most_lanes, experts }))
+        self.upload_samples(gpu, stream, &encoded, room)?;
+        Ok(Some(shape))
+    }
+
+    /// Copies what the sampler reads.
+    fn upload_samples(
+        &mut self,
+        gpu: &Gpu,
+        stream: &Arc<CudaStream>,
+        encoded: &[&Encoded],
+        room: usize,
+    ) -> Result<()> {
+        let lay_out = |address: u64| {
+            let mut lists = Vec::new();
+            let place = |encoded: &&Encoded| {
+                let sampled = encoded.sampled.as_ref();
+                sampled.map(|sampled| sampled.lay_out(room, &mut lists, address)).unwrap_or_default()
+            };
+            let samples: Vec<DeviceSample> = encoded.iter().map(place).collect();
+            (samples, lists)
+        };
+        let (mut samples, lists) = lay_out(self.lists.address());
+        if lists.len() > self.lists.len() {
+            self.lists = gpu.zeros(stream, lists.len().next_power_of_two(), "sampling")?;
+            samples = lay_out(self.lists.address()).0;
+        }
+        gpu.write(stream, &mut self.lists, 0, &lists)?;
+        gpu.write(stream, &mut self.samples, 0, &samples)
     }
 
     /// Puts the launch for the rows that were uploaded into `stream`. `models` is where the addresses of the models'
@@ -261,7 +343,35 @@ impl DeviceFuser {
         // `lane_stride` lanes each, for which the buffers have room; 9 rounds are enough for 8 experts of 32
         // candidates and 3 more lanes. Tickets are zero and `not_finite` all ones between launches: the kernel
         // leaves them so.
-        unsafe { gpu.launch(stream, &self.kernels[index], grid, &args) }
+        unsafe { gpu.launch(stream, &self.kernels[index], grid, &args) }?;
+        if shape.sampled { self.launch_sampler(gpu, stream, shape, &args) } else { Ok(()) }
+    }
+
+    /// Puts the sampler's launch behind that of `fuse`.
+    fn launch_sampler(
+        &self,
+        gpu: &Gpu,
+        stream: &Arc<CudaStream>,
+        shape: FuseShape,
+        fuse: &FuseArgs,
+    ) -> Result<()> {
+        let args = SampleArgs {
+            models: fuse.models,
+            rows: fuse.rows,
+            samples: self.samples.address(),
+            results: fuse.results,
+            fused: self.fused.address(),
+            counts: self.counts.address(),
+            stamps: fuse.stamps,
+            vocab_stride: fuse.vocab_stride,
+            vocab_size: fuse.vocab_size,
+            small_model: fuse.small_model,
+            first_expert: fuse.first_expert,
+        };
+        let grid = Grid { blocks: (shape.rows as u32, 1, 1), threads: (SAMPLER, 1, 1), shared: 0 };
+        // SAFETY: `fuse` has written as many results; lists lie where the rows say and are as long, with each id among
+        // the biases once (`lay_out`); counts are zero between launches: the kernel leaves them so.
+        unsafe { gpu.launch(stream, &self.sampler, grid, &args) }
     }
 
     /// Puts the copy of the results of an even (0) or odd (1) step into `stream`.

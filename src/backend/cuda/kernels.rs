@@ -186,6 +186,7 @@ pub(crate) struct AdvanceArgs {
     pub(crate) small: StepRows,
     pub(crate) results: u64,
     pub(crate) fused: u64,
+    pub(crate) samples: u64,
     pub(crate) stamps: u64,
     pub(crate) slots: u32,
     pub(crate) fused_rows: u32,

@@ -1,10 +1,12 @@
-//! A row as the kernel reads it, and its result as the engine tells it.
+//! A row as the kernels read it.
 
+use super::result::DeviceResult;
+use super::sample::{Sampled, scale};
 use crate::backend::cuda::forward::LogitsPlace;
 use crate::backend::{Choice, FuseRow};
 use crate::error::{Error, Result};
 use crate::fusion::cumulant::one_hot;
-use crate::fusion::{Decision, FusionRule, MAX_CANDIDATES, MAX_EXPERTS, Objective, PerExpert, SearchMode};
+use crate::fusion::{FusionRule, MAX_CANDIDATES, MAX_EXPERTS, Objective, PerExpert, SearchMode};
 use crate::model::Role;
 
 const COMBINED: u32 = MAX_EXPERTS as u32;
@@ -20,55 +22,36 @@ pub(in crate::backend::cuda) struct Lane {
     direction: u32,
 }
 
+/// `FuseLayout` in fusion.cuh.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub(in crate::backend::cuda) struct Layout {
+    first: u32,
+    lanes: u32,
+    tracks: u32,
+    track: [u32; MAX_EXPERTS],
+    candidates: [u32; MAX_EXPERTS],
+    target: [u32; MAX_EXPERTS],
+}
+
 /// `FuseRow` in fusion.cuh.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]
 pub(in crate::backend::cuda) struct DeviceRow {
     pub(in crate::backend::cuda) slot: u32,
-    base_model: u32,
+    pub(in crate::backend::cuda) base_model: u32,
     pub(in crate::backend::cuda) experts: u32,
     pub(in crate::backend::cuda) first_lane: u32,
-    lane_count: u32,
-    tracks: u32,
-    track: [u32; MAX_EXPERTS],
-    candidates: [u32; MAX_EXPERTS],
-    target: [u32; MAX_EXPERTS],
-    coefficient: [f32; MAX_EXPERTS],
-    objective: u32,
-    forced: u32,
-    scale: f32,
-    seed: [u32; 2],
-    step: [u32; 2],
-}
-
-/// `FuseResult` in fusion.cuh.
-#[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
-pub(in crate::backend::cuda) struct DeviceResult {
-    loss: f64,
-    forward: f64,
-    reverse: f64,
-    log_sum_fused: f64,
-    log_sum_base: f64,
-    log_sum_small: f64,
-    log_sum_expert: [f64; MAX_EXPERTS],
-    forward_target: [f64; MAX_EXPERTS],
-    reverse_target: [f64; MAX_EXPERTS],
-    not_finite: u64,
-    pub(in crate::backend::cuda) token: u32,
-    argmax_fused: u32,
-    argmax_base: u32,
-    track: u32,
-    candidate: u32,
-    argmax_expert: [u32; MAX_EXPERTS],
-    logit_base: f32,
-    logit_small: f32,
-    logit_expert: [f32; MAX_EXPERTS],
-    empty: u32,
-    pub(in crate::backend::cuda) begun: u64,
-    pub(in crate::backend::cuda) large_done: u64,
-    pub(in crate::backend::cuda) joined: u64,
-    pub(in crate::backend::cuda) done: u64,
+    pub(in crate::backend::cuda) layout: [Layout; 2],
+    pub(in crate::backend::cuda) held: u32,
+    pub(in crate::backend::cuda) every: u32,
+    pub(in crate::backend::cuda) coefficient: [f32; MAX_EXPERTS],
+    pub(in crate::backend::cuda) objective: u32,
+    pub(in crate::backend::cuda) refined: u32,
+    pub(in crate::backend::cuda) forced: u32,
+    pub(in crate::backend::cuda) scale: f32,
+    pub(in crate::backend::cuda) seed: [u32; 2],
+    pub(in crate::backend::cuda) step: [u32; 2],
 }
 
 /// The models whose logits are fused, in the order in which the kernel is told where they lie; experts one after
@@ -87,26 +70,14 @@ impl Roles {
     }
 }
 
-/// Lanes of a row at most.
+/// Lanes of a layout at most.
 pub(in crate::backend::cuda) fn most_lanes(experts: usize) -> usize {
     (experts * (MAX_CANDIDATES + 3)).max(1)
 }
 
-/// Whether the kernel decides a row by itself; else the host does, from the same logits.
-///
-/// It does where the choice is forced, greedy or by temperature alone, over the grid or at a given α.
-pub(crate) fn is_on_device(row: &FuseRow<'_>) -> bool {
-    let searches = match (row.rule, row.held) {
-        (FusionRule::Dynamic(rule), None) => rule.mode == SearchMode::Grid,
-        _ => true,
-    };
-    let chooses = match row.choice {
-        Choice::Forced(_) => true,
-        Choice::Sample { params, banned, .. } => {
-            banned.is_empty() && !params.changes_logits() && !params.truncates()
-        }
-    };
-    searches && chooses
+/// Lanes of a row at most: those of a search, and those of given α.
+pub(in crate::backend::cuda) fn most_lanes_of_row(experts: usize) -> usize {
+    most_lanes(experts) + 2 + 2 * experts
 }
 
 /// Lays out the lanes of a row.
@@ -146,88 +117,140 @@ pub(in crate::backend::cuda) fn encode(
             ..DeviceRow::default()
         },
         lanes: Vec::with_capacity(most_lanes(experts)),
+        sampled: None,
         base,
         alpha: None,
     };
-    match (row.rule, row.held) {
-        (FusionRule::Dynamic(_), Some((expert, alpha))) => {
-            encoded.fixed(experts, one_hot(experts, expert, alpha));
-        }
-        (FusionRule::Dynamic(rule), None) => {
-            for t in 0..experts {
-                encoded.track(t as u32, rule.grid(t).map_or(&[], |grid| grid.candidates()));
+    match row.rule {
+        FusionRule::Dynamic(rule) => {
+            encoded.search(|t| rule.grid(t).map_or(&[], |grid| grid.candidates()));
+            encoded.row.every = u32::try_from(rule.every).unwrap_or(u32::MAX);
+            encoded.row.refined = u32::from(rule.mode == SearchMode::Refine);
+            encoded.row.objective = match rule.objective {
+                Objective::Both => 0,
+                Objective::Forward => 1,
+                Objective::Reverse => 2,
+            };
+            if rule.every > 1 || row.held.is_some() {
+                encoded.given();
+            }
+            if let Some((expert, alpha)) = row.held {
+                encoded.hold(one_hot(experts, expert, alpha));
             }
         }
-        (FusionRule::Static(alpha), _) => {
+        FusionRule::Static(alpha) => {
             let one_for_all = |t| if alpha.len() == 1 { alpha.first() } else { alpha.get(t) };
             let alpha = (0..experts).map(|t| one_for_all(t).copied().unwrap_or(0.0)).collect();
-            encoded.fixed(experts, alpha);
+            encoded.given();
+            encoded.hold(alpha);
         }
-        _ => encoded.lanes.push(Lane { alpha: 0.0, base: 0, direction: NO_DIRECTION }),
+        _ => {
+            encoded.lanes.push(Lane { alpha: 0.0, base: 0, direction: NO_DIRECTION });
+            encoded.row.layout[0].lanes = 1;
+            encoded.row.every = 1;
+        }
     }
-    encoded.row.objective = match row.rule {
-        FusionRule::Dynamic(rule) => match rule.objective {
-            Objective::Both => 0,
-            Objective::Forward => 1,
-            Objective::Reverse => 2,
-        },
-        _ => 0,
-    };
-    encoded.targets(experts);
     encoded.choose(row, base, place.vocab_size)?;
-    encoded.row.lane_count = encoded.lanes.len() as u32;
     Ok(encoded)
 }
 
-/// A row as the kernel reads it.
+/// A row as the kernels read it.
 #[derive(Clone, Debug)]
 pub(in crate::backend::cuda) struct Encoded {
     pub(in crate::backend::cuda) row: DeviceRow,
     pub(in crate::backend::cuda) lanes: Vec<Lane>,
+    /// Where the sampler's kernel chooses the token.
+    pub(super) sampled: Option<Sampled>,
     /// The model that is steered, or runs alone.
-    base: Role,
+    pub(super) base: Role,
     /// α of each expert where it is given.
-    alpha: Option<PerExpert<f64>>,
+    pub(super) alpha: Option<PerExpert<f64>>,
 }
 
 impl Encoded {
-    /// Whether this is `earlier` one step later, and otherwise the same.
-    pub(in crate::backend::cuda) fn follows(&self, earlier: &Self) -> bool {
-        let [low, high] = earlier.row.step;
-        let (low, carry) = low.overflowing_add(1);
-        let row = DeviceRow { step: [low, high.wrapping_add(u32::from(carry))], ..earlier.row };
-        let same = self.row == row && self.base == earlier.base && self.lanes == earlier.lanes;
-        // What the lanes hold as f32, the trace tells as f64.
-        same && self.alpha == earlier.alpha
+    /// Lanes of a launch for this row, as it is and as it will be.
+    pub(super) fn most_lanes(&self) -> usize {
+        self.row.layout.iter().map(|layout| layout.lanes as usize).max().unwrap_or(0)
+    }
+
+    /// Makes this the row of the next step, as `advance` in step.cu does, where this step has found `found`.
+    pub(in crate::backend::cuda) fn advance(&mut self, found: &DeviceResult) {
+        let row = &mut self.row;
+        let [low, high] = row.step;
+        let step = (u64::from(high) << 32 | u64::from(low)).wrapping_add(1);
+        row.step = halves(step);
+        if row.held == 0 {
+            let alpha = found.alpha.iter().take(row.experts as usize);
+            row.coefficient.iter_mut().zip(alpha).for_each(|(to, &alpha)| *to = alpha as f32);
+        }
+        row.held = u32::from(row.every == 0 || !step.is_multiple_of(u64::from(row.every)));
+        if let Some(sampled) = &mut self.sampled {
+            sampled.advance(found.token);
+        }
+    }
+
+    /// Whether the GPU does the same for both.
+    pub(in crate::backend::cuda) fn is_as(&self, other: &Self) -> bool {
+        let mut row = other.row;
+        if row.held == 0 {
+            // Nobody reads them.
+            row.coefficient = self.row.coefficient;
+        }
+        let same = self.row == row && self.base == other.base;
+        same && self.lanes == other.lanes && self.sampled == other.sampled
+    }
+
+    /// Begins a layout.
+    fn layout(&mut self, index: usize) -> usize {
+        self.row.layout[index].first = self.lanes.len() as u32;
+        index
     }
 
     /// A direction and its candidates.
-    fn track(&mut self, direction: u32, candidates: &[f64]) {
-        let track = self.row.tracks as usize;
-        self.row.track[track] = self.lanes.len() as u32;
-        self.row.candidates[track] = candidates.len() as u32;
-        self.row.tracks += 1;
+    fn track(&mut self, index: usize, direction: u32, candidates: &[f64]) {
+        let layout = &mut self.row.layout[index];
+        let track = layout.tracks as usize;
+        layout.track[track] = self.lanes.len() as u32 - layout.first;
+        layout.candidates[track] = candidates.len() as u32;
+        layout.tracks += 1;
         self.lanes.push(Lane { alpha: 0.0, base: 0, direction });
         self.lanes.extend(candidates.iter().map(|&alpha| Lane { alpha: alpha as f32, base: 0, direction }));
     }
 
-    /// L + Σ α_t D_t.
-    fn fixed(&mut self, experts: usize, alpha: PerExpert<f64>) {
-        for (coefficient, &alpha) in self.row.coefficient.iter_mut().zip(&alpha).take(experts) {
-            *coefficient = alpha as f32;
+    /// The lanes that the divergences of the experts come from, and the end of a layout.
+    fn targets(&mut self, index: usize) {
+        let layout = &mut self.row.layout[index];
+        for t in 0..self.row.experts {
+            layout.target[t as usize] = self.lanes.len() as u32 - layout.first;
+            self.lanes.push(Lane { alpha: 0.0, base: 1, direction: t });
+            self.lanes.push(Lane { alpha: 0.0, base: 2 + t, direction: t });
         }
-        self.track(COMBINED, &[1.0]);
-        self.alpha = Some(alpha);
+        layout.lanes = self.lanes.len() as u32 - layout.first;
     }
 
-    /// The lanes that the divergences of the experts come from.
-    fn targets(&mut self, experts: usize) {
-        for t in 0..experts {
-            self.row.target[t] = self.lanes.len() as u32;
-            let direction = t as u32;
-            self.lanes.push(Lane { alpha: 0.0, base: 1, direction });
-            self.lanes.push(Lane { alpha: 0.0, base: 2 + direction, direction });
+    /// The layout of a search.
+    fn search<'g>(&mut self, grid: impl Fn(usize) -> &'g [f64]) {
+        let index = self.layout(0);
+        for t in 0..self.row.experts {
+            self.track(index, t, grid(t as usize));
         }
+        self.targets(index);
+    }
+
+    /// The layout of L + Σ α_t D_t with α that are given: by [`hold`](Self::hold), or by an earlier step.
+    fn given(&mut self) {
+        let index = self.layout(1);
+        self.track(index, COMBINED, &[1.0]);
+        self.targets(index);
+    }
+
+    /// Gives α.
+    fn hold(&mut self, alpha: PerExpert<f64>) {
+        for (coefficient, &alpha) in self.row.coefficient.iter_mut().zip(&alpha) {
+            *coefficient = alpha as f32;
+        }
+        self.row.held = 1;
+        self.alpha = Some(alpha);
     }
 
     fn choose(&mut self, row: &FuseRow<'_>, base: Role, vocab_size: usize) -> Result<()> {
@@ -236,82 +259,19 @@ impl Encoded {
                 return Err(Error::TokenOutOfRange { role: base, id, vocab_size });
             }
             Choice::Forced(id) => self.row.forced = id,
-            Choice::Sample { params, .. } => {
-                let halves = |x: u64| [x as u32, (x >> 32) as u32];
+            Choice::Sample { params, history, generated, banned } => {
                 self.row.seed = halves(params.seed);
                 self.row.step = halves(row.step as u64);
-                self.row.scale = if params.temperature == 0.0 { 0.0 } else { 1.0 / params.temperature };
+                self.sampled = Sampled::new(params, history, generated, banned);
+                if self.sampled.is_none() {
+                    self.row.scale = scale(params);
+                }
             }
         }
         Ok(())
     }
 }
 
-/// What the kernel found, as the engine tells it.
-///
-/// # Errors
-/// [`Error::NotFinite`] and [`Error::NoCandidate`] for this row.
-pub(in crate::backend::cuda) fn decode(
-    roles: &Roles,
-    row: &FuseRow<'_>,
-    encoded: &Encoded,
-    result: &DeviceResult,
-    place: &LogitsPlace,
-) -> Result<Decision> {
-    let experts = encoded.row.experts as usize;
-    if result.not_finite != u64::MAX {
-        let (token, model) = ((result.not_finite / 16) as u32, (result.not_finite % 16) as usize);
-        let role = roles.0.get(model).copied().unwrap_or(encoded.base);
-        return Err(Error::NotFinite { role, step: row.step, token, value: f32::NAN });
-    }
-    if result.empty != 0 || result.token as usize >= place.vocab_size {
-        return Err(Error::NoCandidate { step: row.step });
-    }
-    let logits = std::iter::once(result.logit_base).chain((experts > 0).then_some(result.logit_small));
-    let excluded =
-        logits.chain(result.logit_expert[..experts].iter().copied()).any(|x| x == f32::NEG_INFINITY);
-    let logprob = |x: f64, log_sum: f64| if excluded { f64::NEG_INFINITY } else { x - log_sum };
-    let (base, small) = (f64::from(result.logit_base), f64::from(result.logit_small));
-    let base_logprob = logprob(base, result.log_sum_base);
-
-    let mut decision =
-        Decision { token: result.token, argmax_fused: result.argmax_fused, ..Decision::default() };
-    match encoded.base {
-        Role::Large => {
-            decision.logprob_large = Some(base_logprob);
-            decision.argmax_large = Some(result.argmax_base);
-        }
-        Role::Small => decision.logprob_small = Some(base_logprob),
-        Role::Expert(_) => {
-            decision.logprob_expert.push(base_logprob);
-            decision.argmax_expert.push(result.argmax_base);
-        }
-    }
-    if experts == 0 {
-        decision.logprob_fused = base_logprob;
-        return Ok(decision);
-    }
-    (decision.expert, decision.alpha) = match (row.rule, &encoded.alpha) {
-        (FusionRule::Dynamic(rule), None) => {
-            let track = result.track as usize;
-            let grid = rule.grid(track).map_or(&[][..], |grid| grid.candidates());
-            let alpha = grid.get(result.candidate as usize).copied().unwrap_or(0.0);
-            (Some(track), one_hot(experts, track, alpha))
-        }
-        (_, alpha) => (row.held.map(|(expert, _)| expert), alpha.clone().unwrap_or_default()),
-    };
-    let differences =
-        result.logit_expert[..experts].iter().zip(&decision.alpha).filter(|(_, alpha)| **alpha != 0.0);
-    let shift: f64 = differences.map(|(&expert, &alpha)| alpha * (f64::from(expert) - small)).sum();
-    decision.logprob_fused = logprob(base + shift, result.log_sum_fused);
-    decision.loss = Some(result.loss);
-    decision.kl_fused_large = Some(result.forward.max(0.0));
-    decision.kl_large_fused = Some(result.reverse.max(0.0));
-    decision.kl_expert_small = result.forward_target[..experts].iter().map(|kl| kl.max(0.0)).collect();
-    decision.kl_small_expert = result.reverse_target[..experts].iter().map(|kl| kl.max(0.0)).collect();
-    decision.logprob_small = Some(logprob(small, result.log_sum_small));
-    let of_experts = result.logit_expert.iter().zip(&result.log_sum_expert).take(experts);
-    decision.logprob_expert = of_experts.map(|(&x, &log_sum)| logprob(f64::from(x), log_sum)).collect();
-    decision.argmax_expert = result.argmax_expert[..experts].iter().copied().collect();
-    Ok(decision)
+fn halves(x: u64) -> [u32; 2] {
+    [x as u32, (x >> 32) as u32]
 }

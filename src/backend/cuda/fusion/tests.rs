@@ -1,6 +1,8 @@
 //! The kernel against the CPU's fusion, which is held against the f64 definition, on the virtual GPU with its
 //! sanitizers on.
 
+mod sampling;
+
 use super::*;
 use crate::backend::Choice;
 use crate::backend::cpu::fuse::{Fuser, sequential};
@@ -350,14 +352,18 @@ fn logits_of_a_caller_are_fused_where_they_lie() {
     assert_eq!(device.reports(), []);
 
     // What can't be is refused before anything is launched.
-    let top_k = SamplingParams { top_k: 3, ..greedy() };
-    let truncated = FuseRow { choice: sample(&top_k), ..row(0) };
-    for (row, says) in [(truncated, "temperature alone"), (row(3), "below 3")] {
-        // SAFETY: as above.
-        let message = unsafe { fusion.fuse(&logits, after, &[row], &mut found) }.unwrap_err().to_string();
-        assert!(message.contains(says), "{message}");
-    }
+    // SAFETY: as above.
+    let message = unsafe { fusion.fuse(&logits, after, &[row(3)], &mut found) }.unwrap_err().to_string();
+    assert!(message.contains("below 3"), "{message}");
     assert_eq!(device.launches().len(), 1);
+    // A truncated distribution takes one more.
+    let top_k = SamplingParams { top_k: 3, temperature: 1.0, ..greedy() };
+    let truncated = [FuseRow { choice: sample(&top_k), ..row(1) }];
+    // SAFETY: as above.
+    unsafe { fusion.fuse(&logits, after, &truncated, &mut found) }.unwrap();
+    assert_eq!(device.launches().len(), 3);
+    let expected = fuse_both(&models, &truncated).host;
+    assert_alike(found[0].as_ref().unwrap(), expected[0].as_ref().unwrap(), "truncated");
     let narrow = DeviceLogits { stride: 1000, ..shape };
     assert!(CudaFusion::new(gpu.ordinal(), experts, narrow).is_err());
 }

@@ -2,7 +2,7 @@
 
 use super::bed::{Bed, Found, Rng, assert_noticed};
 use crate::backend::cuda::device::Grid;
-use crate::backend::cuda::fusion::{DeviceResult, DeviceRow};
+use crate::backend::cuda::fusion::{DeviceResult, DeviceRow, DeviceSample};
 use crate::backend::cuda::kernels::{AdvanceArgs, StampArgs, StepRows};
 
 const ONE: Grid = Grid { blocks: (1, 1, 1), threads: (256, 1, 1), shared: 0 };
@@ -26,8 +26,64 @@ impl Group {
     }
 }
 
-/// One step of groups of these rows, with `fused` rows of fusion.
-fn advance(bed: &Bed, rows: [usize; 2], slots: usize, fused: usize) -> Found {
+/// Tokens that a history has room for.
+const HISTORY: usize = 5;
+
+/// Rows of fusion of every kind, and what samples them; the last one isn't fused.
+struct Fused {
+    rows: Vec<DeviceRow>,
+    samples: Vec<DeviceSample>,
+    histories: Vec<u32>,
+}
+
+impl Fused {
+    fn new(rng: &mut Rng, count: usize) -> Self {
+        let mut fused = Self { rows: Vec::new(), samples: Vec::new(), histories: Vec::new() };
+        for index in 0..=count {
+            let steps = [u64::from(u32::MAX), u64::MAX, rng.below(100) as u64];
+            let step = steps[index % steps.len()];
+            fused.rows.push(DeviceRow {
+                experts: rng.below(9) as u32,
+                every: [0, 1, 2, 3][index % 4],
+                held: (index / 4 % 2) as u32,
+                coefficient: std::array::from_fn(|_| rng.below(100) as f32),
+                step: [step as u32, (step >> 32) as u32],
+                ..DeviceRow::default()
+            });
+            fused.samples.push(DeviceSample {
+                active: (index % 3 > 0) as u32,
+                // Whether it is remembered; where, is known later.
+                history: (index % 3 > 1) as u64,
+                history_len: rng.below(HISTORY) as u32,
+                ..DeviceSample::default()
+            });
+            fused.histories.extend([UNTOUCHED; HISTORY]);
+        }
+        fused
+    }
+
+    /// The first `count` one step on, after `results`.
+    fn advance(&mut self, count: usize, results: &[DeviceResult]) {
+        for (index, (row, result)) in self.rows.iter_mut().zip(results).take(count).enumerate() {
+            let step = (u64::from(row.step[1]) << 32 | u64::from(row.step[0])).wrapping_add(1);
+            row.step = [step as u32, (step >> 32) as u32];
+            if row.held == 0 {
+                for (to, alpha) in row.coefficient.iter_mut().zip(result.alpha).take(row.experts as usize) {
+                    *to = alpha as f32;
+                }
+            }
+            row.held = if row.every == 0 { 1 } else { u32::from(step % u64::from(row.every) != 0) };
+            let sample = &mut self.samples[index];
+            if sample.active == 1 && sample.history != 0 {
+                self.histories[index * HISTORY + sample.history_len as usize] = result.token.min(VOCAB_SIZE);
+                sample.history_len += 1;
+            }
+        }
+    }
+}
+
+/// One step of groups of these rows, with `count` rows of fusion.
+fn advance(bed: &Bed, rows: [usize; 2], slots: usize, count: usize) -> Found {
     let rng = &mut Rng((rows[0] * 100 + rows[1]) as u64);
     let groups = [Group::new(rng, rows[0], 1, slots), Group::new(rng, rows[1], 4, slots)];
     let mut results = vec![DeviceResult::default(); slots];
@@ -35,20 +91,17 @@ fn advance(bed: &Bed, rows: [usize; 2], slots: usize, fused: usize) -> Found {
         // One in five failed, which says a token that there isn't: one past the last, or far from it.
         let tokens = [rng.below(VOCAB_SIZE as usize) as u32, VOCAB_SIZE - 1, 0, VOCAB_SIZE, u32::MAX];
         result.token = tokens[slot % tokens.len()];
+        result.alpha = std::array::from_fn(|_| rng.below(1000) as f64 / 100.0);
     }
-    // The step is the last eight bytes of a row. Some carry, and the last row isn't fused.
-    let words = size_of::<DeviceRow>() / size_of::<u32>();
-    let mut of_fused: Vec<u32> = (0..(fused + 1) * words).map(|_| rng.next() as u32).collect();
-    for row in of_fused.chunks_mut(words).step_by(2) {
-        row[words - 2] = u32::MAX;
-    }
-    if let Some(last) = of_fused.chunks_mut(words).nth(2) {
-        last[words - 1] = u32::MAX;
+    let mut fused = Fused::new(rng, count);
+    let histories = bed.put(&fused.histories);
+    for (index, sample) in fused.samples.iter_mut().enumerate().filter(|(_, sample)| sample.history != 0) {
+        sample.history = histories.address() + (index * HISTORY * size_of::<u32>()) as u64;
     }
     let token = groups.each_ref().map(|group| bed.put(&vec![UNTOUCHED; group.position.len()]));
     let position = groups.each_ref().map(|group| bed.put(&group.position));
     let wanted = groups.each_ref().map(|group| bed.put(&group.wanted));
-    let (of_results, on_device) = (bed.put(&results), bed.put(&of_fused));
+    let (of_results, on_device, samples) = (bed.put(&results), bed.put(&fused.rows), bed.put(&fused.samples));
     let stamps = bed.put(&[NEVER, 7]);
     let of_group = |index: usize| StepRows {
         token: token[index].address(),
@@ -61,9 +114,10 @@ fn advance(bed: &Bed, rows: [usize; 2], slots: usize, fused: usize) -> Found {
         small: of_group(1),
         results: of_results.address(),
         fused: on_device.address(),
+        samples: samples.address(),
         stamps: stamps.address(),
         slots: slots as u32,
-        fused_rows: fused as u32,
+        fused_rows: count as u32,
         vocab_size: VOCAB_SIZE,
     };
     let kernel = bed.gpu.kernel("step", "advance").unwrap();
@@ -83,12 +137,11 @@ fn advance(bed: &Bed, rows: [usize; 2], slots: usize, fused: usize) -> Found {
         same("positions", &bed.back(&position[index])?, &positions)?;
         same("wanted slots", &bed.back(&wanted[index])?, &group.wanted)?;
     }
-    for row in of_fused.chunks_mut(words).take(fused) {
-        let step = (u64::from(row[words - 1]) << 32 | u64::from(row[words - 2])).wrapping_add(1);
-        row[words - 2] = step as u32;
-        row[words - 1] = (step >> 32) as u32;
+    fused.advance(count, &results);
+    same("histories", &bed.back(&histories)?, &fused.histories)?;
+    if bed.back(&on_device)? != fused.rows || bed.back(&samples)? != fused.samples {
+        return Err(format!("rows of fusion: {:?}, not {:?}", bed.back(&on_device), fused.rows));
     }
-    same("rows of fusion", &bed.back(&on_device)?, &of_fused)?;
     match bed.back(&stamps)?[..] {
         [begun, 7] if begun != NEVER => Ok(()),
         ref other => Err(format!("stamps {other:?}")),
@@ -98,7 +151,7 @@ fn advance(bed: &Bed, rows: [usize; 2], slots: usize, fused: usize) -> Found {
 #[test]
 fn tokens_positions_and_steps_go_on() {
     for (rows, slots, fused) in
-        [([1, 0], 1, 1), ([0, 3], 5, 2), ([16, 48], 16, 16), ([300, 513], 40, 600), ([0, 0], 1, 0)]
+        [([1, 0], 1, 1), ([0, 3], 5, 2), ([16, 48], 16, 16), ([300, 513], 600, 600), ([0, 0], 1, 0)]
     {
         advance(&Bed::new(), rows, slots, fused).unwrap();
     }
@@ -109,9 +162,9 @@ fn a_wrong_number_is_noticed() {
     let numbers = [
         (24, "rows of the large model"),
         (56, "rows of the group"),
-        (88, "slots"),
-        (92, "fused_rows"),
-        (96, "vocab_size"),
+        (96, "slots"),
+        (100, "fused_rows"),
+        (104, "vocab_size"),
     ];
     for (at, name) in numbers {
         assert_noticed("advance", at, name, |bed| advance(bed, [9, 20], 7, 3));

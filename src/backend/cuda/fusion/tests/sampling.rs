@@ -1,0 +1,221 @@
+//! sample.cu against the CPU's sampler, which works in f64.
+
+use super::*;
+use crate::error::Error;
+
+/// What one row asks for.
+#[derive(Clone, Debug, Default)]
+struct Ask {
+    params: SamplingParams,
+    history: Vec<u32>,
+    generated: usize,
+    banned: Vec<u32>,
+}
+
+impl Ask {
+    fn choice(&self) -> Choice<'_> {
+        let Self { params, history, generated, banned } = self;
+        Choice::Sample { params, history, generated: *generated, banned }
+    }
+}
+
+/// Every parameter now and then, alone and with others.
+fn random_ask(uniform: &mut Uniform, vocab_size: usize, seed: u64) -> Ask {
+    let mut below = |n: usize| ((uniform.next() + 0.5) * n as f32) as usize % n;
+    let mut pick = |values: &[f32]| values[below(values.len())];
+    let mut params = SamplingParams {
+        temperature: pick(&[0.0, 0.3, 1.0, 1.7, 40.0]),
+        top_p: pick(&[1.0, 1.0, 1e-4, 0.3, 0.9, 0.9999]),
+        min_p: pick(&[0.0, 0.0, 0.02, 0.3, 1.0]),
+        repetition_penalty: pick(&[1.0, 1.0, 1.3, 0.8]),
+        presence_penalty: pick(&[0.0, 0.0, 1.5, -0.5]),
+        frequency_penalty: pick(&[0.0, 0.0, 0.7]),
+        seed,
+        ..SamplingParams::default()
+    };
+    let sizes = [0, 0, 1, 2, 7, vocab_size / 2, vocab_size, 10 * vocab_size, usize::MAX];
+    params.top_k = sizes[below(sizes.len())];
+    let mut ids = |count: usize| -> Vec<u32> { (0..count).map(|_| below(vocab_size + 3) as u32).collect() };
+    let history = ids(40);
+    let banned = if seed.is_multiple_of(3) { ids(4) } else { Vec::new() };
+    if seed.is_multiple_of(4) {
+        let biases = ids(5).into_iter().zip([f32::NEG_INFINITY, 3.0, -2.5, 60.0, 0.125]);
+        params.logit_bias = biases.collect();
+    }
+    Ask { params, history, generated: (seed % 41) as usize, banned }
+}
+
+/// Both choose alike, for every slot of `models` by every ask.
+fn assert_chosen_alike(models: &[Vec<Vec<f32>>], asks: &[Ask], rule: &FusionRule) {
+    let slots = models[0].len();
+    let rows: Vec<FuseRow<'_>> = asks
+        .iter()
+        .enumerate()
+        .map(|(step, ask)| FuseRow { slot: step % slots, step, rule, held: None, choice: ask.choice() })
+        .collect();
+    let both = fuse_both(models, &rows);
+    for ((device, host), ask) in both.device.iter().zip(&both.host).zip(asks) {
+        match (device, host) {
+            (Ok(device), Ok(host)) => assert_alike(device, host, &format!("{ask:?}")),
+            (Err(Error::NoCandidate { .. }), Err(Error::NoCandidate { .. })) => {}
+            _ => panic!("{device:?} and {host:?} for {ask:?}"),
+        }
+    }
+}
+
+#[test]
+fn every_parameter_chooses_as_on_the_cpu() {
+    for (experts, vocab_size) in [(1, 1), (1, 31), (2, 111), (1, 700), (1, 3000)] {
+        let mut models = random_logits(experts, 4, vocab_size, vocab_size as u64);
+        // Some are excluded, by each model in turn.
+        for (number, model) in models.iter_mut().enumerate() {
+            model[1].iter_mut().skip(number).step_by(7).for_each(|x| *x = f32::NEG_INFINITY);
+        }
+        let mut uniform = Uniform(77 + vocab_size as u64);
+        let count = if vocab_size > 1000 { 60 } else { 240 };
+        let asks: Vec<Ask> = (0..count).map(|seed| random_ask(&mut uniform, vocab_size, seed)).collect();
+        assert_chosen_alike(&models, &asks, &FusionRule::default());
+    }
+}
+
+#[test]
+fn every_rule_is_sampled_from() {
+    let models = random_logits(2, 3, 500, 4);
+    let ask = |seed| Ask {
+        params: SamplingParams { temperature: 0.8, top_k: 30, top_p: 0.9, seed, ..SamplingParams::default() },
+        ..Ask::default()
+    };
+    let asks: Vec<Ask> = (0..12).map(ask).collect();
+    let fixed = FusionRule::Static([1.3, -0.4].into_iter().collect());
+    for rule in [fixed, FusionRule::Large, FusionRule::Small, FusionRule::Expert(1)] {
+        assert_chosen_alike(&models, &asks, &rule);
+    }
+}
+
+/// Multiples of four, so that many tie and no sum is rounded.
+fn tied_logits(vocab_size: usize) -> Vec<Vec<Vec<f32>>> {
+    let mut models = random_logits(1, 1, vocab_size, 9);
+    models.iter_mut().flatten().flatten().for_each(|x| *x = (*x / 4.0).round() * 4.0);
+    models
+}
+
+#[test]
+fn ties_at_the_border() {
+    let models = tied_logits(900);
+    let ask = |seed: u64| {
+        let mut params = SamplingParams { temperature: 4.0, seed, ..SamplingParams::default() };
+        match seed % 3 {
+            // All that tie with the last are kept.
+            0 => params.top_k = 1 + seed as usize,
+            // Of those that tie for the last place the lower ids are kept.
+            1 => params.top_p = 0.02 + 0.003 * seed as f32,
+            _ => (params.top_k, params.top_p) = (200 + seed as usize, 0.5),
+        }
+        Ask { params, ..Ask::default() }
+    };
+    let asks: Vec<Ask> = (0..300).map(ask).collect();
+    assert_chosen_alike(&models, &asks, &FusionRule::Large);
+}
+
+#[test]
+fn what_is_kept_is_drawn_and_nothing_else() {
+    // Ids 0 … 9 have the probabilities 2⁻¹, 2⁻², …: top-k, top-p and min-p each leave out what they should.
+    let logits: Vec<f32> = (0..10).map(|id| -(id as f32) * 2.0_f32.ln()).collect();
+    let models = vec![vec![logits]];
+    let base = SamplingParams { temperature: 1.0, ..SamplingParams::default() };
+    let cases = [
+        (SamplingParams { top_k: 3, ..base.clone() }, 3),
+        // 1/2 + 1/4 + 1/8 is the first sum that reaches 0.8 of all.
+        (SamplingParams { top_p: 0.8, ..base.clone() }, 3),
+        (SamplingParams { min_p: 0.2, ..base.clone() }, 3),
+        (SamplingParams { top_p: 0.5, ..base.clone() }, 1),
+        (SamplingParams { top_k: 5, top_p: 0.99, min_p: 0.1, ..base }, 4),
+    ];
+    for (params, kept) in cases {
+        let draw = |seed| Ask { params: SamplingParams { seed, ..params.clone() }, ..Ask::default() };
+        let asks: Vec<Ask> = (0..150).map(draw).collect();
+        let rule = FusionRule::Large;
+        let rows: Vec<FuseRow<'_>> = asks
+            .iter()
+            .map(|ask| FuseRow { slot: 0, step: 0, rule: &rule, held: None, choice: ask.choice() })
+            .collect();
+        let drawn: std::collections::BTreeSet<u32> =
+            large_alone(&models, &rows).into_iter().map(|decision| decision.unwrap().token).collect();
+        // The rarest that is kept has a probability of at least 1/15 of the rest: 150 draws miss it once in 30 000.
+        assert_eq!(drawn, (0..kept).collect(), "{params:?}");
+    }
+}
+
+/// What the device decides from the large model alone.
+fn large_alone(models: &[Vec<Vec<f32>>], rows: &[FuseRow<'_>]) -> Vec<Result<Decision>> {
+    let (device, gpu) = virtual_gpu("rtx4090");
+    let stream = gpu.stream().unwrap();
+    let numbers = &models[0][0];
+    let logits = gpu.upload(&stream, numbers, "logits").unwrap();
+    let table = gpu.upload(&stream, &[logits.address()], "logits").unwrap();
+    let place = LogitsPlace {
+        address: logits.address(),
+        table: table.address(),
+        vocab_size: numbers.len(),
+        vocab_stride: numbers.len(),
+        slots: 1,
+    };
+    let mut fuser = DeviceFuser::new(&gpu, &stream, Roles(vec![Role::Large]), place).unwrap();
+    let decisions = fuser.fuse(&gpu, &stream, place.table, rows).unwrap();
+    assert_eq!(device.reports(), []);
+    decisions
+}
+
+#[test]
+fn a_row_that_is_sampled_costs_one_more_launch() {
+    let models = random_logits(1, 2, 300, 2);
+    let rule = FusionRule::default();
+    let (plain, truncated) = (
+        Ask::default(),
+        Ask { params: SamplingParams { temperature: 1.0, top_k: 4, ..greedy() }, ..Ask::default() },
+    );
+    let row = |slot, choice| FuseRow { slot, step: 0, rule: &rule, held: None, choice };
+    // Top-k changes nothing where the most probable token is taken.
+    let moot = Ask { params: SamplingParams { top_k: 4, ..greedy() }, ..Ask::default() };
+    assert_eq!(fuse_both(&models, &[row(0, plain.choice()), row(1, moot.choice())]).launches, 1);
+    assert_eq!(fuse_both(&models, &[row(0, plain.choice()), row(1, truncated.choice())]).launches, 2);
+}
+
+#[test]
+fn the_refined_distribution_is_drawn_from() {
+    let models = random_logits(2, 4, 1200, 17);
+    let mode = crate::fusion::SearchMode::Refine;
+    let rule = FusionRule::Dynamic(DynamicRule { mode, ..DynamicRule::default() });
+    let ask = |seed: u64| {
+        let temperature = [0.0, 0.7, 1.3][seed as usize % 3];
+        let top_k = if seed.is_multiple_of(2) { 20 } else { 0 };
+        Ask {
+            params: SamplingParams { temperature, top_k, seed, ..SamplingParams::default() },
+            ..Ask::default()
+        }
+    };
+    let asks: Vec<Ask> = (0..24).map(ask).collect();
+    let rows: Vec<FuseRow<'_>> = asks
+        .iter()
+        .enumerate()
+        .map(|(step, ask)| FuseRow { slot: step % 4, step, rule: &rule, held: None, choice: ask.choice() })
+        .collect();
+    let both = fuse_both(&models, &rows);
+    for ((device, host), ask) in both.device.iter().zip(&both.host).zip(&asks) {
+        let (device, host) = (device.as_ref().unwrap(), host.as_ref().unwrap());
+        // Rounding of the sums moves the minimum a little, and all numbers with it.
+        let expert = host.expert.unwrap();
+        assert_eq!((device.expert, device.token), (Some(expert), host.token), "{ask:?}");
+        assert!(
+            (device.alpha[expert] - host.alpha[expert]).abs() < 1e-4,
+            "{:?} {:?}",
+            device.alpha,
+            host.alpha
+        );
+        for (a, b) in [(device.logprob_fused, host.logprob_fused), (device.loss.unwrap(), host.loss.unwrap())]
+        {
+            assert!((a - b).abs() < 1e-3 * (1.0 + b.abs()), "{a} and {b}");
+        }
+        assert_eq!(device.argmax_fused, host.argmax_fused);
+    }
+}
