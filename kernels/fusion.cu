@@ -271,7 +271,6 @@ __device__ void refine_row(
 ) {
     __shared__ double minimum;
     __shared__ Partial of_warps[WARPS];
-    __syncthreads();
     const Merged& base = lanes[layout.track[result.track]];
     if (threadIdx.x < WARP) {
         const auto knot = [&](u32 k) {
@@ -302,7 +301,8 @@ template <u32 ROUNDS>
 __device__ void fuse(const FuseArgs& args) {
     extern __shared__ double memory[];
     __shared__ u32 ticket;
-    __shared__ FuseRow row;
+    __shared__ FuseRow row;  // all but its layouts
+    __shared__ FuseLayout layout;
     __shared__ FuseLane lanes[ROUNDS * WARP];
     __shared__ const float* models[MAX_MODELS];
     const u32 row_index = blockIdx.y, slices = gridDim.x, slice = blockIdx.x;
@@ -310,10 +310,10 @@ __device__ void fuse(const FuseArgs& args) {
     const auto copy = [](void* to, const void* from, u32 bytes) {
         for (u32 i = threadIdx.x; i < bytes / 4; i += blockDim.x) static_cast<u32*>(to)[i] = static_cast<const u32*>(from)[i];
     };
-    copy(&row, args.rows + row_index, sizeof(FuseRow));
+    copy(&row, args.rows + row_index, sizeof(FuseRow) - sizeof(row.layout));
+    copy(&layout, &args.rows[row_index].layout[args.rows[row_index].held], sizeof(FuseLayout));
     copy(models, args.models, args.model_count * sizeof(models[0]));
     __syncthreads();
-    const FuseLayout& layout = row.layout[row.held];
     copy(lanes, args.lanes + row.first_lane + layout.first, layout.lanes * sizeof(FuseLane));
     __syncthreads();
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;

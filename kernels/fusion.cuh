@@ -30,8 +30,7 @@ struct FuseRow {
     u32 base_model;              // index of the model that is steered
     u32 experts;                 // 0 where the base runs alone
     u32 first_lane;              // in `lanes`
-    FuseLayout layout[2];        // of a search (or a model alone), and of α that are given
-    u32 held;                    // which of them
+    u32 held;                    // which layout is used: α are given
     u32 every;                   // α is sought at steps 0, every, 2 · every, …; 0: never
     float coefficient[MAX_EXPERTS];  // the α that are given
     u32 objective;               // 0: both terms, 1: KL(P̃‖P) alone, 2: KL(P‖P̃) alone
@@ -40,6 +39,7 @@ struct FuseRow {
     float scale;                 // 1 / temperature, or 0: greedy, or `sample` draws
     u32 seed[2];
     u32 step[2];
+    FuseLayout layout[2];        // of a search (or a model alone), and of α that are given
 };
 
 // How `sample` chooses a row's token. The row's history and biases lie behind each other in one list.

@@ -135,7 +135,6 @@ __device__ float unordered(u32 key) { return __uint_as_float(key >> 31 ? key & 0
 template <typename KeyOf, typename WeightOf>
 __device__ void count_digit(Shared& shared, u32 vocab_size, u32 prefix, u32 shift, KeyOf key_of, WeightOf weight_of) {
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    __syncthreads();
     for (u32 i = threadIdx.x; i < WARPS * BINS; i += THREADS) shared.bins[i / BINS][i % BINS] = 0;
     __syncthreads();
     for (u32 first = warp * WARP; first < vocab_size; first += THREADS) {
@@ -164,6 +163,7 @@ __device__ void count_digit(Shared& shared, u32 vocab_size, u32 prefix, u32 shif
         shared.sums[threadIdx.x] = sum;
     }
     __syncthreads();
+#pragma unroll 1
     for (u32 distance = 1; distance < BINS; distance *= 2) {
         const u64 sum = threadIdx.x + distance < BINS ? shared.sums[threadIdx.x + distance] : 0;
         __syncthreads();
@@ -184,6 +184,7 @@ struct Threshold {
 template <typename KeyOf, typename WeightOf, typename EnoughOf>
 __device__ Threshold threshold(Shared& shared, u32 vocab_size, u64 above, KeyOf key_of, WeightOf weight_of, EnoughOf enough_of) {
     Threshold found = {0, above, 0, 0};
+#pragma unroll 1
     for (u32 shift = 32; shift > 0;) {
         shift -= DIGIT;
         count_digit(shared, vocab_size, found.key, shift, key_of, weight_of);
@@ -260,7 +261,7 @@ __device__ void truncate(Shared& shared, const SampleRow& how, u32 vocab_size, D
 // bound  latency, of walks by one block: a few µs each at 32000 tokens
 // needs  results of the same rows, by `fuse`; an id at most once among the biases; counts zero before the first launch;
 //        history and biases as long as they say
-extern "C" __global__ __launch_bounds__(THREADS) void sample(const SampleArgs args) {
+extern "C" __global__ __launch_bounds__(THREADS, 1) void sample(const SampleArgs args) {
     __shared__ Shared shared;
     const SampleRow& how = args.samples[blockIdx.x];
     if (!how.active) return;

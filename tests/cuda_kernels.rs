@@ -44,6 +44,8 @@ fn launched(models: Vec<LlamaModel>, prompts: &[usize]) -> BTreeSet<String> {
         request.ignore_eos = true;
         if ensemble.num_experts() == 0 {
             request.rule = FusionRule::Large;
+            // The sampler, too.
+            (request.sampling.temperature, request.sampling.top_k) = (1.0, 3);
         }
         generator.push(request).unwrap();
     }

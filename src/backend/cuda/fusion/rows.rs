@@ -42,7 +42,6 @@ pub(in crate::backend::cuda) struct DeviceRow {
     pub(in crate::backend::cuda) base_model: u32,
     pub(in crate::backend::cuda) experts: u32,
     pub(in crate::backend::cuda) first_lane: u32,
-    pub(in crate::backend::cuda) layout: [Layout; 2],
     pub(in crate::backend::cuda) held: u32,
     pub(in crate::backend::cuda) every: u32,
     pub(in crate::backend::cuda) coefficient: [f32; MAX_EXPERTS],
@@ -52,6 +51,7 @@ pub(in crate::backend::cuda) struct DeviceRow {
     pub(in crate::backend::cuda) scale: f32,
     pub(in crate::backend::cuda) seed: [u32; 2],
     pub(in crate::backend::cuda) step: [u32; 2],
+    pub(in crate::backend::cuda) layout: [Layout; 2],
 }
 
 /// The models whose logits are fused, in the order in which the kernel is told where they lie; experts one after

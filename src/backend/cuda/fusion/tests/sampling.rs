@@ -1,5 +1,7 @@
 //! sample.cu against the CPU's sampler, which works in f64.
 
+use virtual_gpu::host::Gpu as Device;
+
 use super::*;
 use crate::error::Error;
 
@@ -218,4 +220,131 @@ fn the_refined_distribution_is_drawn_from() {
         }
         assert_eq!(device.argmax_fused, host.argmax_fused);
     }
+}
+
+/// The tokens and α of rows on a GPU whose kernels were changed; `None` where it failed, or something was reported.
+fn decided(
+    models: &[Vec<Vec<f32>>],
+    rows: &[FuseRow<'_>],
+    change: impl FnOnce(&Device),
+) -> (u64, Option<Vec<Option<Decision>>>) {
+    let (device, gpu) = virtual_gpu("a100");
+    // A loop without end ends here.
+    device.budget(20_000_000);
+    // Warps in another order than their own, which hides what a barrier is for.
+    device.seed(7);
+    change(&device);
+    let stream = gpu.stream().unwrap();
+    let numbers: Vec<f32> = models.iter().flatten().flatten().copied().collect();
+    let (slots, vocab_size) = (models[0].len(), models[0][0].len());
+    let logits = gpu.upload(&stream, &numbers, "logits").unwrap();
+    let of_model = (slots * vocab_size * size_of::<f32>()) as u64;
+    let table: Vec<u64> = (0..models.len() as u64).map(|model| logits.address() + model * of_model).collect();
+    let table = gpu.upload(&stream, &table, "logits").unwrap();
+    let place = LogitsPlace {
+        address: logits.address(),
+        table: table.address(),
+        vocab_size,
+        vocab_stride: vocab_size,
+        slots,
+    };
+    let found = DeviceFuser::new(&gpu, &stream, roles(models.len() - 2), place)
+        .and_then(|mut fuser| fuser.fuse(&gpu, &stream, place.table, rows))
+        .map(|found| found.into_iter().map(Result::ok).collect());
+    (device.mutations(), found.ok().filter(|_| device.reports().is_empty()))
+}
+
+#[test]
+#[ignore = "a minute: the gate runs it"]
+fn a_change_to_sampling_is_noticed() {
+    let mode = crate::fusion::SearchMode::Refine;
+    let rule = FusionRule::Dynamic(DynamicRule { mode, ..DynamicRule::default() });
+    const VOCAB_SIZE: usize = 1100;
+    let mut models = random_logits(2, 3, VOCAB_SIZE, 8);
+    // In slot 0 many tie, in slot 2 nothing is left.
+    models.iter_mut().for_each(|model| model[0].iter_mut().for_each(|x| *x = (*x / 4.0).round() * 4.0));
+    models[0][2].fill(f32::NEG_INFINITY);
+    let flat = SamplingParams { temperature: 30.0, ..SamplingParams::default() };
+    let mut uniform = Uniform(5);
+    let mut tokens = || -> Vec<u32> {
+        let any = (0..2 * VOCAB_SIZE).map(|_| ((uniform.next() + 0.5) * VOCAB_SIZE as f32) as u32);
+        (0..VOCAB_SIZE as u32).chain(any).collect()
+    };
+    // What is left out, and what is added or subtracted, must matter: distributions are flat, lists longer than a warp,
+    // and no id is without a penalty.
+    let asks: Vec<Ask> = (0..40)
+        .map(|seed: usize| {
+            let mut ask =
+                Ask { params: SamplingParams { seed: seed as u64, ..flat.clone() }, ..Ask::default() };
+            match seed % 5 {
+                0 | 1 => ask.params.top_p = 0.1 + 0.02 * seed as f32,
+                2 => ask.params.top_k = 20 * (seed + 1),
+                3 => {
+                    ask.params.temperature = 0.0;
+                    ask.params.repetition_penalty = 3.0;
+                    (ask.params.presence_penalty, ask.params.frequency_penalty) = (2.0, 1.5);
+                    (ask.history, ask.generated) = (tokens(), 2 * VOCAB_SIZE);
+                }
+                _ => {
+                    ask.params.min_p = 0.9;
+                    let bias = |id: usize| (id as u32, ((id * 37 + seed) % 101) as f32 / 5.0);
+                    ask.params.logit_bias = (0..VOCAB_SIZE).filter(|id| id % 3 > 0).map(bias).collect();
+                    if seed % 2 == 0 {
+                        (ask.params.repetition_penalty, ask.history) = (1.5, tokens());
+                    }
+                }
+            }
+            ask
+        })
+        .collect();
+    let mut rows: Vec<FuseRow<'_>> = asks
+        .iter()
+        .enumerate()
+        .map(|(step, ask)| FuseRow {
+            slot: step / 5 % 2,
+            step,
+            rule: &rule,
+            held: None,
+            choice: ask.choice(),
+        })
+        .collect();
+    // And some that the refined search alone decides.
+    let drawn = Ask { params: SamplingParams { temperature: 1.0, ..greedy() }, ..Ask::default() };
+    let refined = |step| FuseRow { slot: step % 3, step, rule: &rule, held: None, choice: drawn.choice() };
+    rows.extend((0..6).map(refined));
+    let (_, expected) = decided(&models, &rows, |_| {});
+    assert!(expected.is_some());
+
+    let mut changes: Vec<(&str, &str, u64)> = Vec::new();
+    for (kernel, find, count) in [
+        // The seventh keeps the two walks for a maximum apart, and comes before the first of them, too.
+        ("sample", "bar.sync", 0..6),
+        ("sample", "bar.sync", 7..64),
+        ("sample", "shfl.sync", 0..64),
+        // Three sums in halves: of ones, whose upper half is nothing; of weights, and of those that tie, whose lower half
+        // is a millionth.
+        ("sample", "redux.sync", 1..3),
+        ("sample", "redux.sync", 4..5),
+        ("sample", "atom.global", 0..8),
+        // The refined search's: tests/cuda_mutations.rs has the others.
+        ("fuse_2", "bar.sync", 7..16),
+    ] {
+        changes.extend(count.map(|nth| (kernel, find, nth)));
+    }
+    let (mut survived, mut all) = (Vec::new(), 0);
+    for (kernel, find, nth) in changes {
+        let (found, decisions) = decided(&models, &rows, |device| device.mutate(kernel, find, nth, ""));
+        all += usize::from(found > 0);
+        if found > 0 && decisions == expected {
+            survived.push(format!("{kernel}: {find} {nth}"));
+        }
+    }
+    for (name, at) in [("vocab_stride", 56), ("vocab_size", 60), ("small_model", 64), ("first_expert", 68)] {
+        all += 1;
+        if decided(&models, &rows, |device| device.nudge("sample", at)).1 == expected {
+            survived.push(format!("sample: {name}"));
+        }
+    }
+    assert!(survived.is_empty(), "{survived:#?} of {all}");
+    assert!(all >= 40, "{all}");
 }
