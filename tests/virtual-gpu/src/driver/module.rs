@@ -43,7 +43,7 @@ fn place(d: &mut Device, module: &ast::Module) -> Result<Vec<GlobalVariable>, (C
         let mut bytes = v.init.clone();
         bytes.resize(size, 0);
         if let Some(allocation) = d.memory.at(address) {
-            allocation.restore(0, &bytes, &vec![1; size]);
+            allocation.write(0, &bytes);
         }
         out.push(GlobalVariable { name: v.name.clone(), address, size: v.size });
     }

@@ -1,15 +1,17 @@
 //! cp.async: copies from device to shared memory that land when their group is waited for.
 
-use super::access::{check_window, count_shared, locate, note_global, report_race, stamp};
-use super::address::{addresses, lanes};
+use super::access::{locate, note_global};
+use super::address::{Request, addresses, lanes};
 use super::block::Pending;
+use super::traffic::Sectors;
+use super::window::{check, count_shared, report_race, stamp};
 use super::{Fault, Machine};
 use crate::memory::SHARED_WINDOW;
 use crate::program::{Flow, Inst};
 use crate::ptx::ast::Space;
 use crate::sanitizer::Kind;
 use crate::sanitizer::blocks;
-use crate::sanitizer::shared::{Race, Use};
+use crate::sanitizer::shared::{Race, Stamp, Use};
 
 /// `cp.async`: `a` the shared address (64-bit if `dst` is 1), `b` the source address, `c` the slot of the source
 /// size or SINK, `imm` bytes to copy in the low byte, offset of the destination above; the access holds the
@@ -33,18 +35,17 @@ pub unsafe fn copy(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
         let sizes = if i.c == crate::program::SINK { [len; 32] } else { *m.slot(i.c).cast::<[u32; 32]>() };
         // Shorter sources are checked one by one: they may end where an allocation ends.
         let reading = lanes(mask).filter(|&l| sizes[l] >= len).fold(0, |all, l| all | 1u32 << l);
-        if let Err(flow) = check_window(m, i, Space::Shared, &to, mask, len, "cp.async") {
+        let target = Request::new(to, mask, len);
+        if let Err(flow) = check(m, i, Space::Shared, &target, "cp.async") {
             return flow;
         }
         let mut site = std::ptr::null_mut();
+        let source = Request::new(from, reading, len);
         if reading != 0 {
-            match locate(m, i, &from, reading, len, "cp.async") {
+            match locate(m, i, &source, "cp.async") {
                 Ok(found) => site = found,
                 Err(flow) => return flow,
             }
-        }
-        if m.block.in_flight.is_empty() {
-            m.block.in_flight = vec![0; m.block.shared.len()];
         }
         for lane in lanes(mask) {
             let size = sizes[lane].min(len) as usize;
@@ -56,7 +57,8 @@ pub unsafe fn copy(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
                 return m.fail(Kind::OutOfBounds, Fault::IllegalAddress, i, lane as u32, text);
             }
             let offset = to[lane] as usize;
-            m.block.in_flight[offset..offset + len as usize].fill(1);
+            m.block.in_flight.insert(offset, len as usize);
+            m.block.in_flight_count += 1;
             let warp = m.warp;
             let warp = &mut m.block.warps[warp];
             let group = warp.groups[lane];
@@ -65,9 +67,9 @@ pub unsafe fn copy(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
             m.counters.async_copy_bytes += u64::from(len);
         }
         if reading != 0 {
-            note_global(m, i, site, &from, reading, len, blocks::Use::Read);
+            note_global(m, i, site, (&source, &Sectors::of(&source)), blocks::Use::Read);
         }
-        count_shared(m, &to, mask, len);
+        count_shared(m, &target);
     }
     Flow::Next
 }
@@ -140,15 +142,12 @@ pub fn land(m: &mut Machine, warp: usize, mask: u32, keep: u32, all: bool) {
         }
         let range = copy.offset as usize..(copy.offset + copy.len) as usize;
         m.block.shared[range.clone()].copy_from_slice(&copy.data[..copy.len as usize]);
-        m.block.shared_written[range.clone()].fill(1);
-        m.block.in_flight[range].fill(0);
+        m.block.shared_written.insert(range.start, range.len());
+        m.block.in_flight.remove(range.start, range.len());
+        m.block.in_flight_count -= 1;
         if m.settings.options.races {
-            let stamp = crate::sanitizer::shared::Stamp {
-                phase: m.block.phase,
-                warp_phase: m.block.warps[warp].warp_phase,
-                who: (warp as u32 * 32 + copy.lane) as u16,
-                atomic: false,
-            };
+            let warp_phase = m.block.warps[warp].warp_phase;
+            let stamp = Stamp::new(m.block.phase, warp_phase, warp as u32 * 32 + copy.lane);
             // A race with the copy was found when it was asked for; this moves its time to now.
             m.history.access(copy.offset as usize, copy.len as usize, stamp, Use::Write);
         }

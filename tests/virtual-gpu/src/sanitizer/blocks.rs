@@ -5,6 +5,7 @@
 //!
 //! A sector is tracked as one as long as every access to it covers the same bytes, byte by byte afterwards.
 
+use crate::zeroed::Zero;
 use std::collections::HashMap;
 
 /// How memory is accessed.
@@ -40,18 +41,75 @@ struct Cell {
     other_reader: When,
 }
 
-/// What the running launch did to a sector.
+/// What the running launch did to a sector, in short: enough as long as one block reads it, always the same bytes
+/// and between the same two steps of its clock. Most sectors of most launches get no further.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct SectorState {
+pub struct Sector {
+    /// Launch times four, and bits for the kinds of traffic seen.
+    tag: u32,
+    /// The bytes that the block below has read since then: reading them again changes nothing as long as nobody
+    /// writes.
+    bytes: u32,
+    /// The block that read here last (plus one); 0 for none in this launch, [`WRITTEN`] after a write.
+    block: u32,
+    /// When that block read.
+    time: u32,
+}
+
+// SAFETY: numbers only.
+unsafe impl Zero for Sector {}
+
+/// In the place of a block: the last to come here wrote. No launch has as many blocks.
+const WRITTEN: u32 = u32::MAX;
+
+/// A block and its time, as a [`Sector`] keeps them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reader {
+    block: u32,
+    time: u32,
+}
+
+impl Sector {
+    /// Forgets what an earlier launch did. Launches count from 1 and stay below 2^30.
+    #[inline(always)]
+    pub fn open(&mut self, launch: u32) {
+        if self.tag >> 2 != launch {
+            *self = Sector { tag: launch << 2, ..Sector::default() };
+        }
+    }
+
+    /// Marks a kind of traffic, 0 or 1; true the first time in the open launch.
+    #[inline(always)]
+    pub fn touch(&mut self, kind: u32) -> bool {
+        let first = self.tag >> kind & 1 == 0;
+        self.tag |= 1 << kind;
+        first
+    }
+
+    /// Whether a plain read needs no more than this record: the first access of the launch, or one that was here
+    /// before. Otherwise [`Conflicts::access`] must look at it.
+    #[inline(always)]
+    pub fn reads(&mut self, bytes: u32, reader: Reader) -> bool {
+        if self.block == 0 {
+            (self.bytes, self.block, self.time) = (bytes, reader.block, reader.time);
+            return true;
+        }
+        self.block == reader.block && self.time == reader.time && bytes & !self.bytes == 0
+    }
+}
+
+/// All that the running launch did to a sector, kept from the first access on that [`Sector`] can't tell.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct History {
     launch: u32,
     mask: u32,
     cell: Cell,
     /// Index plus one in [`Conflicts::split`].
     split: u32,
-    /// The block that read here last, at which clock, and the bytes it has read since then: reading them again
-    /// changes nothing as long as nobody writes.
-    again: (u32, u32, u32),
 }
+
+// SAFETY: numbers, and a bool, of which zero is false.
+unsafe impl Zero for History {}
 
 /// Byte-wise histories of one launch.
 #[derive(Default)]
@@ -117,6 +175,18 @@ impl BlockOrder {
         When { block: self.block, stamp: self.clock << 6 | warp as u32 }
     }
 
+    /// Now, as [`Sector`] keeps it. Where nothing orders blocks, the warp makes no difference.
+    #[inline(always)]
+    pub fn reader(&self, warp: usize) -> Reader {
+        let When { block, stamp } = self.now(warp);
+        Reader { block, time: if self.exact { stamp } else { stamp >> 6 } }
+    }
+
+    /// When a [`Reader`] of any block of the launch read.
+    fn when(&self, Reader { block, time }: Reader) -> When {
+        When { block, stamp: if self.exact { time } else { time << 6 } }
+    }
+
     /// A block barrier.
     pub fn barrier(&mut self) {
         self.clock += 1;
@@ -167,44 +237,50 @@ impl Conflicts {
     }
 
     /// Notes an access to the bytes `mask` of a sector in `launch`; the block it conflicts with, if any.
-    #[inline(always)]
     pub fn access(
         &mut self,
-        state: &mut SectorState,
+        (sector, history): (&mut Sector, &mut History),
         launch: u32,
         mask: u32,
         order: &BlockOrder,
         warp: usize,
         how: Use,
     ) -> Option<u32> {
-        if state.launch != launch {
-            *state = SectorState { launch, mask, ..SectorState::default() };
+        if history.launch != launch {
+            // So far there was nothing, or reads of the same bytes by one block at one time.
+            let cell = Cell {
+                reader: order.when(Reader { block: sector.block, time: sector.time }),
+                ..Cell::default()
+            };
+            *history = if sector.block == 0 {
+                History { launch, mask, ..History::default() }
+            } else {
+                History { launch, mask: sector.bytes, cell, split: 0 }
+            };
         }
         if how == Use::Read {
-            let now = order.now(warp);
-            let stamp = if order.exact { now.stamp } else { now.stamp >> 6 };
-            let (block, at, bytes) = state.again;
-            if block == now.block && at == stamp {
-                if mask & !bytes == 0 {
+            let now = order.reader(warp);
+            if sector.block == now.block && sector.time == now.time {
+                if mask & !sector.bytes == 0 {
                     return None;
                 }
-                state.again.2 |= mask;
+                sector.bytes |= mask;
             } else {
-                state.again = (now.block, stamp, mask);
+                (sector.bytes, sector.block, sector.time) = (mask, now.block, now.time);
             }
         } else {
-            state.again.0 = 0;
+            sector.block = WRITTEN;
         }
-        if state.split == 0 && state.mask == mask {
-            return state.cell.access(order, warp, how);
+        if history.split == 0 && history.mask == mask {
+            return history.cell.access(order, warp, how);
         }
-        self.by_byte(state, mask, order, warp, how)
+        self.by_byte(history, mask, order, warp, how)
     }
 
     #[inline(never)]
     fn by_byte(
         &mut self,
-        state: &mut SectorState,
+        state: &mut History,
         mask: u32,
         order: &BlockOrder,
         warp: usize,
