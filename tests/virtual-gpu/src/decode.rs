@@ -7,6 +7,7 @@ mod half;
 mod integer;
 mod memory;
 mod operands;
+mod registers;
 mod warp;
 
 use crate::cfg::{Node, post_dominators};
@@ -55,6 +56,7 @@ struct Decoder<'a> {
     sources: Vec<(Arc<str>, u32)>,
     source_ids: HashMap<(u32, u32), u32>,
     synchronises: bool,
+    placed: bool,
 }
 
 /// Branches whose targets are block numbers until all blocks have their place.
@@ -84,18 +86,8 @@ impl<'a> Decoder<'a> {
             sources: Vec::new(),
             source_ids: HashMap::new(),
             synchronises: false,
+            placed: false,
         };
-        for kind in &function.registers {
-            let slot = match kind {
-                RegKind::Pred => {
-                    d.predicates += 1;
-                    d.predicates - 1
-                }
-                RegKind::Word(_) => d.new_slot(false),
-                RegKind::Double => d.new_slot(true),
-            };
-            d.slots.push(slot);
-        }
         for (name, &value) in globals {
             d.symbols.insert(name.clone(), Symbol { space: Space::Global, value });
         }
@@ -129,6 +121,13 @@ impl<'a> Decoder<'a> {
         (self.shared_bytes, self.local_bytes) = (shared, local.next_multiple_of(16));
     }
 
+    /// Looks a variable up; that of one in device memory binds the kernel to where it was placed.
+    fn symbol(&mut self, name: &str) -> Option<Symbol> {
+        let symbol = self.symbols.get(name).copied()?;
+        self.placed |= symbol.space == Space::Global;
+        Some(symbol)
+    }
+
     fn new_slot(&mut self, wide: bool) -> u32 {
         let slot = self.words;
         self.words += if wide { 64 } else { 32 };
@@ -138,6 +137,13 @@ impl<'a> Decoder<'a> {
     fn kernel(mut self) -> Decoded<Kernel> {
         let function = self.function;
         let (instructions, nodes) = self.graph()?;
+        (self.slots, self.words) = registers::place(function, &instructions, &nodes);
+        for (slot, kind) in self.slots.iter_mut().zip(&function.registers) {
+            if *kind == RegKind::Pred {
+                *slot = self.predicates;
+                self.predicates += 1;
+            }
+        }
         let joins = post_dominators(&nodes);
         let mut fixes = Vec::new();
         let mut starts = Vec::new();
@@ -182,6 +188,7 @@ impl<'a> Decoder<'a> {
             required_threads: function.required_threads,
             sources: self.sources,
             synchronises: self.synchronises,
+            placed: self.placed,
         })
     }
 

@@ -480,7 +480,7 @@ impl Device {
                 if let Some((found, offset)) = self.range("cuMemset", to, width * count) {
                     let bytes: Vec<u8> = pattern.to_le_bytes()[..width].repeat(count);
                     // SAFETY: the range was checked, and allocations do not move.
-                    unsafe { (*found).restore(offset, &bytes, &vec![1; bytes.len()]) };
+                    unsafe { (*found).write(offset, &bytes) };
                 }
             }
             Work::Allocate(base) => {
@@ -520,7 +520,7 @@ impl Device {
             // SAFETY: the caller's promise for the host side, a checked range for the device.
             unsafe {
                 let bytes = std::slice::from_raw_parts(from, len);
-                (*found).restore(offset, bytes, &vec![1; len]);
+                (*found).write(offset, bytes);
             }
             self.totals.to_device_bytes += len as u64;
             self.totals.to_device_copies += 1;

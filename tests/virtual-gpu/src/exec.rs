@@ -11,7 +11,9 @@ pub mod launch;
 pub(crate) mod shuffle;
 pub(crate) mod tensor;
 pub(crate) mod traffic;
+pub(crate) mod values;
 pub(crate) mod warp_values;
+pub(crate) mod window;
 
 use crate::counters::Counters;
 use crate::memory::{Allocation, Memory};
@@ -214,6 +216,22 @@ impl Machine {
 
     /// Runs the current warp until it waits, yields, ends or has used `slice` instructions.
     pub fn run(&mut self, slice: u64) -> Flow {
+        #[cfg(target_arch = "x86_64")]
+        if lanes::has_avx2() {
+            // SAFETY: the features were found.
+            return unsafe { self.run_fast(slice) };
+        }
+        self.run_base(slice)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
+    fn run_fast(&mut self, slice: u64) -> Flow {
+        self.run_base(slice)
+    }
+
+    #[inline(always)]
+    fn run_base(&mut self, slice: u64) -> Flow {
         let code = Arc::clone(&self.kernel);
         let code = code.code.as_ptr();
         let mut left = slice;

@@ -12,6 +12,7 @@
 // Fields are packed and unpacked with shifts and masks throughout; they read better without parentheses.
 #![allow(clippy::precedence)]
 
+pub mod byteset;
 pub mod cfg;
 pub mod control;
 pub mod counters;
@@ -27,3 +28,4 @@ pub mod profile;
 pub mod program;
 pub mod ptx;
 pub mod sanitizer;
+pub mod zeroed;

@@ -1,7 +1,9 @@
 //! Device memory: allocations at addresses that the host cannot dereference, never reused, each with a shadow
 //! that knows which bytes were written.
 
-use crate::sanitizer::blocks::SectorState;
+use crate::byteset::ByteSet;
+use crate::sanitizer::blocks::{History, Sector};
+use crate::zeroed::Zeroed;
 use std::collections::BTreeMap;
 
 /// Where device addresses begin. It is no canonical x86-64 address: the host faults if it follows one.
@@ -38,9 +40,10 @@ pub struct Allocation {
     pub state: State,
     bytes: Vec<u8>,
     host: *mut u8,
-    written: Vec<u8>,
-    touched: Vec<u32>,
-    sectors: Vec<SectorState>,
+    /// None for pinned host memory, which counts as written.
+    written: Option<ByteSet>,
+    sectors: Zeroed<Sector>,
+    histories: Zeroed<History>,
 }
 
 // SAFETY: `host` points to pinned memory that the driver owns until the allocation is removed, and a device is
@@ -53,16 +56,23 @@ impl Allocation {
         if size <= POISON_LIMIT {
             bytes.fill(POISON);
         }
-        let written = vec![0; size as usize];
-        let host = std::ptr::null_mut();
-        Allocation { base, size, state, bytes, host, written, touched: Vec::new(), sectors: Vec::new() }
+        Self::over(base, size, state, bytes, std::ptr::null_mut(), Some(ByteSet::new(size as usize)))
     }
 
     fn pinned(host: *mut u8, size: u64) -> Self {
-        let (bytes, written) = (Vec::new(), Vec::new());
-        let base = host as u64;
-        let state = State::Live;
-        Allocation { base, size, state, bytes, host, written, touched: Vec::new(), sectors: Vec::new() }
+        Self::over(host as u64, size, State::Live, Vec::new(), host, None)
+    }
+
+    fn over(
+        base: u64,
+        size: u64,
+        state: State,
+        bytes: Vec<u8>,
+        host: *mut u8,
+        written: Option<ByteSet>,
+    ) -> Self {
+        let (sectors, histories) = (Zeroed::default(), Zeroed::default());
+        Allocation { base, size, state, bytes, host, written, sectors, histories }
     }
 
     /// Whether `[address, address + len)` lies inside.
@@ -78,73 +88,77 @@ impl Allocation {
         if self.host.is_null() { self.bytes.as_mut_ptr() } else { self.host }
     }
 
-    /// Whether any byte of the range was never written. Pinned host memory counts as written.
+    /// Whether any byte of the range, which must lie inside, was never written.
     #[inline(always)]
     pub fn unwritten(&self, offset: usize, len: usize) -> bool {
-        match self.written.get(offset..offset + len) {
-            Some(flags) => !all_set(flags),
-            None => false,
-        }
+        self.written.as_ref().is_some_and(|written| !written.covers(offset, len))
     }
 
     /// Notes that a range was written.
     #[inline(always)]
     pub fn set_written(&mut self, offset: usize, len: usize) {
-        if let Some(flags) = self.written.get_mut(offset..offset + len) {
-            flags.fill(1);
+        if let Some(written) = &mut self.written {
+            written.insert(offset, len);
         }
     }
 
-    /// Bytes of the range and which of them were written, for copies that keep the shadow.
+    /// Which bytes were written: a word a sector, counted from the sector of `base`. None if all are.
+    ///
+    /// Only pinned memory may begin inside a sector, and there it is None.
+    #[inline(always)]
+    pub fn written(&mut self) -> Option<&mut ByteSet> {
+        self.written.as_mut()
+    }
+
+    /// Bytes of the range and, a byte each, whether they were written.
     pub fn snapshot(&mut self, offset: usize, len: usize) -> (Vec<u8>, Vec<u8>) {
         // SAFETY: callers pass ranges inside the allocation.
         let bytes = unsafe { std::slice::from_raw_parts(self.data().add(offset), len) }.to_vec();
-        let flags = self.written.get(offset..offset + len).map_or_else(|| vec![1; len], <[u8]>::to_vec);
+        let flags = match &self.written {
+            Some(written) if !written.covers(offset, len) => {
+                (offset..offset + len).map(|at| u8::from(written.covers(at, 1))).collect()
+            }
+            _ => vec![1; len],
+        };
         (bytes, flags)
     }
 
-    /// Writes bytes with their shadow.
+    /// Writes bytes with their shadow, as [`Allocation::snapshot`] gives it.
     pub fn restore(&mut self, offset: usize, bytes: &[u8], flags: &[u8]) {
+        self.write(offset, bytes);
+        let Some(written) = &mut self.written else { return };
+        if flags.contains(&0) {
+            written.remove(offset, flags.len());
+            let set = flags.iter().enumerate().filter(|(_, flag)| **flag != 0);
+            set.for_each(|(n, _)| written.insert(offset + n, 1));
+        }
+    }
+
+    /// Writes bytes.
+    pub fn write(&mut self, offset: usize, bytes: &[u8]) {
         // SAFETY: callers pass ranges inside the allocation.
         unsafe { std::slice::from_raw_parts_mut(self.data().add(offset), bytes.len()) }
             .copy_from_slice(bytes);
-        if let Some(shadow) = self.written.get_mut(offset..offset + flags.len()) {
-            shadow.copy_from_slice(flags);
-        }
+        self.set_written(offset, bytes.len());
     }
 
-    /// Marks the sector at `offset` as used in launch `stamp`; true the first time. `bit` 0 is for loads, 1 for
-    /// stores. `stamp` must be below 2^30.
+    /// What the running launch did to each sector, counted from the sector of `base`.
     #[inline(always)]
-    pub fn touch(&mut self, sector: usize, stamp: u32, bit: u32) -> bool {
-        if self.touched.is_empty() {
-            self.touched = vec![0; (self.size.div_ceil(SECTOR) + 1) as usize];
-        }
-        let slot = &mut self.touched[sector];
-        let old = if *slot >> 2 == stamp { *slot & 3 } else { 0 };
-        *slot = stamp << 2 | old | 1 << bit;
-        old >> bit & 1 == 0
-    }
-
-    /// What blocks did to each sector in the running launch.
-    #[inline(always)]
-    pub fn sectors(&mut self) -> &mut [SectorState] {
+    pub fn sectors(&mut self) -> &mut [Sector] {
         if self.sectors.is_empty() {
-            self.sectors = vec![SectorState::default(); (self.size.div_ceil(SECTOR) + 1) as usize];
+            self.sectors = Zeroed::new((self.size.div_ceil(SECTOR) + 1) as usize);
         }
         &mut self.sectors
     }
-}
 
-#[inline(always)]
-fn all_set(flags: &[u8]) -> bool {
-    let mut words = flags.chunks_exact(8);
-    let mut all = 0x0101_0101_0101_0101u64;
-    for word in &mut words {
-        // chunks_exact gives slices of eight.
-        all &= u64::from_le_bytes([word[0], word[1], word[2], word[3], word[4], word[5], word[6], word[7]]);
+    /// The same with the whole history of one sector.
+    #[inline(always)]
+    pub fn history(&mut self, sector: usize) -> (&mut Sector, &mut History) {
+        if self.histories.is_empty() {
+            self.histories = Zeroed::new((self.size.div_ceil(SECTOR) + 1) as usize);
+        }
+        (&mut self.sectors[sector], &mut self.histories[sector])
     }
-    all == 0x0101_0101_0101_0101 && words.remainder().iter().all(|&f| f == 1)
 }
 
 /// All memory of a device.

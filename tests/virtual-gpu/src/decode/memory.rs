@@ -114,7 +114,7 @@ impl Decoder<'_> {
             {
                 let wide = self.register_is_wide(base);
                 let slot = self.operand(i, base, wide, None)?;
-                let mut inst = self.start(i, warp_values::parameter_at, Class::Memory)?;
+                let mut inst = self.start(i, warp_values::parameter_at(), Class::Memory)?;
                 (inst.a, inst.c, inst.imm, inst.ext) = (slot, u32::from(wide), *offset, self.access(access));
                 self.push(inst);
                 return Ok(());
@@ -127,7 +127,7 @@ impl Decoder<'_> {
         }
         let (base, base_wide, offset, symbol) = self.address(i, i.operands.get(target))?;
         access.space = self.space(i, mods, symbol)?;
-        let mut inst = self.start(i, if store { access::store } else { access::load }, Class::Memory)?;
+        let mut inst = self.start(i, if store { access::store() } else { access::load() }, Class::Memory)?;
         (inst.a, inst.c, inst.imm, inst.ext) = (base, u32::from(base_wide), offset, self.access(access));
         self.push(inst);
         Ok(())
@@ -292,7 +292,7 @@ impl Decoder<'_> {
         let slots = [from_offset as u32, (from_offset >> 32) as u32, 0, 0];
         let (space, order) = (Space::Global, Order::Weak);
         let access = Access { space, bytes: len as u32, count: 1, signed: false, slots, wide: false, order };
-        let mut inst = self.start(i, copy::copy, Class::Memory)?;
+        let mut inst = self.start(i, copy::copy(), Class::Memory)?;
         (inst.a, inst.dst, inst.b, inst.c) = (to, u32::from(to_wide), from, size);
         (inst.imm, inst.ext) = (to_offset << 8 | len as i64, self.access(access));
         self.push(inst);
@@ -329,7 +329,7 @@ impl Decoder<'_> {
             });
         }
         let (base, wide, offset, _) = self.address(i, i.operands.get(address))?;
-        let run = if store { tensor::store_matrix } else { tensor::load_matrix };
+        let run = if store { tensor::store_matrix } else { tensor::load_matrix() };
         let mut inst = self.start(i, run, Class::Memory)?;
         (inst.a, inst.imm, inst.ext) = (base, offset, self.lists.len() as u32);
         inst.c = u32::from(wide) | u32::from(transpose) << 1;

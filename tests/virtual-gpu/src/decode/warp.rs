@@ -111,7 +111,7 @@ impl Decoder<'_> {
         let (dst, predicate) = self.pair(i)?;
         let (a, b) = (self.source(i, 1, false)?, self.source(i, 2, false)?);
         let (c, members) = (self.source(i, 3, false)?, self.source(i, 4, false)?);
-        let mut inst = self.start(i, shuffle::shuffle, Class::Shuffle)?;
+        let mut inst = self.start(i, shuffle::shuffle(), Class::Shuffle)?;
         (inst.dst, inst.a, inst.b, inst.c, inst.ext, inst.imm) = (dst, a, b, c, members, number | predicate);
         self.push(inst);
         Ok(())
@@ -233,7 +233,7 @@ impl Decoder<'_> {
                 });
             }
         }
-        let mut inst = self.start(i, tensor::multiply, Class::Tensor)?;
+        let mut inst = self.start(i, tensor::multiply(), Class::Tensor)?;
         (inst.imm, inst.ext) = (shape.pack(), self.lists.len() as u32);
         self.lists.push(list);
         self.push(inst);

@@ -62,34 +62,108 @@ pub fn resolve(space: Space, at: &mut Addresses, mask: u32) -> Space {
     if window == SHARED_WINDOW { Space::Shared } else { Space::Local }
 }
 
-/// Lowest and highest address, and all bits that are set in any.
-pub fn union(at: &Addresses, mask: u32) -> (u64, u64, u64) {
-    let (mut low, mut high, mut bits) = (u64::MAX, 0, 0);
-    if mask == u32::MAX {
-        for &a in at {
-            low = low.min(a);
-            high = high.max(a);
-            bits |= a;
-        }
-    } else {
-        for l in lanes(mask) {
-            low = low.min(at[l]);
-            high = high.max(at[l]);
-            bits |= at[l];
-        }
-    }
-    (low, high, bits)
+/// How the addresses of a request lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pattern {
+    /// All lanes of the full warp, one after the other in one run of bytes.
+    Run,
+    /// All lanes that take part use one address.
+    Same,
+    /// Anything else.
+    Other,
 }
 
-/// Whether the lanes of a full warp access one run of bytes in order.
-#[inline(always)]
-pub fn consecutive(at: &Addresses, mask: u32, len: u64) -> bool {
-    if mask != u32::MAX {
-        return false;
+/// One memory instruction of a warp.
+#[derive(Debug, Clone, Copy)]
+pub struct Request {
+    /// Address of each lane; those of lanes that don't take part mean nothing.
+    pub at: Addresses,
+    /// Lanes that take part, at least one.
+    pub mask: u32,
+    /// Bytes of each lane.
+    pub len: u32,
+    /// How the addresses lie.
+    pub pattern: Pattern,
+}
+
+impl Request {
+    /// The request of the lanes in `mask`, at least one, of `len` bytes each.
+    #[inline(always)]
+    pub fn new(at: Addresses, mask: u32, len: u32) -> Self {
+        let first = at[mask.trailing_zeros() as usize & 31];
+        let (mut run, mut same) = (0, 0);
+        if mask == u32::MAX {
+            for (lane, &address) in at.iter().enumerate() {
+                run |= address ^ first.wrapping_add(lane as u64 * u64::from(len));
+                same |= address ^ first;
+            }
+        } else {
+            run = 1;
+            for (lane, &address) in at.iter().enumerate() {
+                let taken = 0u64.wrapping_sub(u64::from(mask >> lane & 1));
+                same |= (address ^ first) & taken;
+            }
+        }
+        let pattern = match (run, same) {
+            (0, _) => Pattern::Run,
+            (_, 0) => Pattern::Same,
+            _ => Pattern::Other,
+        };
+        Request { at, mask, len, pattern }
     }
-    let mut same = true;
-    for (l, &a) in at.iter().enumerate() {
-        same &= a == at[0].wrapping_add(l as u64 * len);
+
+    /// Address of the lowest lane.
+    #[inline(always)]
+    pub fn first(&self) -> u64 {
+        self.at[self.mask.trailing_zeros() as usize & 31]
     }
-    same
+
+    /// Lowest and highest address, and all bits that are set in any.
+    #[inline(always)]
+    pub fn union(&self) -> (u64, u64, u64) {
+        let first = self.first();
+        match self.pattern {
+            Pattern::Same => (first, first, first),
+            // Bits below `len`, which alone matter to alignment, are those of the first address.
+            Pattern::Run => (first, first.wrapping_add(31 * u64::from(self.len)), first),
+            Pattern::Other => {
+                let (mut low, mut high, mut bits) = (u64::MAX, 0, 0);
+                for (lane, &address) in self.at.iter().enumerate() {
+                    let taken = 0u64.wrapping_sub(u64::from(self.mask >> lane & 1));
+                    low = low.min(address | !taken);
+                    high = high.max(address & taken);
+                    bits |= address & taken;
+                }
+                (low, high, bits)
+            }
+        }
+    }
+
+    /// Whether it is plain that no two lanes meet in a byte, as aligned accesses of one length do if their addresses
+    /// are the same.
+    #[inline(always)]
+    pub fn apart(&self) -> bool {
+        let shift = self.len.trailing_zeros();
+        let (low, _, _) = self.union();
+        // A bit for each place up to 256 places from the lowest.
+        let mut seen = [0u64; 4];
+        let mut apart = true;
+        for lane in lanes(self.mask) {
+            let place = (self.at[lane] - low) >> shift;
+            let (word, bit) = ((place >> 6) as usize & 3, 1 << (place & 63));
+            apart &= place < 256 && seen[word] & bit == 0;
+            seen[word] |= bit;
+        }
+        apart || self.rises()
+    }
+
+    /// Whether each lane's bytes lie above those of the lanes before it.
+    fn rises(&self) -> bool {
+        let mut end = 0;
+        lanes(self.mask).all(|lane| {
+            let above = self.at[lane] >= end;
+            end = self.at[lane].saturating_add(u64::from(self.len));
+            above
+        })
+    }
 }

@@ -1,8 +1,10 @@
 //! `atom` and `red`.
 
 use super::Machine;
-use super::access::{check_window, locate, note_global, report_race, stamp, synchronise};
-use super::address::{Addresses, addresses, lanes, resolve};
+use super::access::{locate, note_global, request, synchronise};
+use super::address::{Request, lanes};
+use super::traffic::Sectors;
+use super::window::{check, report_race, stamp};
 use crate::num::{Half, max32, min32};
 use crate::program::{Flow, Inst, SINK};
 use crate::ptx::ast::Space;
@@ -136,22 +138,22 @@ pub unsafe fn atomic(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     let len = access.bytes;
     // SAFETY: slots come from the decoder; ranges are checked before use.
     unsafe {
-        let mut at = addresses(m, i.a, i.c != 0, i.imm);
-        let space = resolve(access.space, &mut at, mask);
+        let (space, request) = request(m, i, &access, mask);
+        let at = &request.at;
         let mut site = std::ptr::null_mut();
         if space == Space::Shared {
-            if let Err(flow) = check_window(m, i, space, &at, mask, len, "atomic") {
+            if let Err(flow) = check(m, i, space, &request, "atomic") {
                 return flow;
             }
         } else {
-            match locate(m, i, &at, mask, len, "atomic") {
+            match locate(m, i, &request, "atomic") {
                 Ok(found) => site = found,
                 Err(flow) => return flow,
             }
         }
-        count(m, &at, mask, space);
+        count(m, &request, space);
         if space != Space::Shared {
-            synchronise(m, &at, mask, access.order, true, true);
+            synchronise(m, &request, access.order, true, true);
         }
         let order = lane_order(m);
         for lane in order.into_iter().filter(|&l| mask >> l & 1 == 1) {
@@ -186,7 +188,7 @@ pub unsafe fn atomic(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
             }
         }
         if space != Space::Shared {
-            note_conflicts(m, i, site, &at, mask, len);
+            note_conflicts(m, i, site, &request);
         }
     }
     Flow::Next
@@ -202,25 +204,25 @@ fn lane_order(m: &mut Machine) -> [usize; 32] {
     std::array::from_fn(|l| l.wrapping_mul(odd).wrapping_add(start) & 31)
 }
 
-fn count(m: &mut Machine, at: &Addresses, mask: u32, space: Space) {
-    let number = u64::from(mask.count_ones());
+fn count(m: &mut Machine, request: &Request, space: Space) {
+    let number = u64::from(request.mask.count_ones());
     if space == Space::Shared {
         m.counters.shared_atomics += number;
     } else {
         m.counters.global_atomics += number;
     }
-    let mut sorted: Vec<u64> = lanes(mask).map(|l| at[l]).collect();
+    let mut sorted: Vec<u64> = lanes(request.mask).map(|l| request.at[l]).collect();
     sorted.sort_unstable();
     let depth = sorted.chunk_by(|a, b| a == b).map(|run| run.len() as u64).max().unwrap_or(0);
     m.counters.atomic_depth = m.counters.atomic_depth.max(depth);
 }
 
 fn note_shared(m: &mut Machine, i: &Inst, lane: usize, offset: usize, len: usize) {
-    if m.settings.options.uninitialised && m.block.shared_written[offset..offset + len].contains(&0) {
+    if m.settings.options.uninitialised && !m.block.shared_written.covers(offset, len) {
         let text = format!("atomic on {len} bytes of shared memory at offset {offset:#x}");
         m.report(Kind::Uninitialised, i, lane as u32, text);
     }
-    m.block.shared_written[offset..offset + len].fill(1);
+    m.block.shared_written.insert(offset, len);
     if m.settings.options.races {
         let stamp = stamp(m, lane);
         if let Some(race) = m.history.access(offset, len, stamp, Use::Atomic) {
@@ -254,15 +256,8 @@ fn note_written(
 }
 
 /// Atomics are kept out of the load and store counts: they are counted by themselves.
-fn note_conflicts(
-    m: &mut Machine,
-    i: &Inst,
-    site: *mut crate::memory::Allocation,
-    at: &Addresses,
-    mask: u32,
-    len: u32,
-) {
+fn note_conflicts(m: &mut Machine, i: &Inst, site: *mut crate::memory::Allocation, request: &Request) {
     let traffic = std::mem::replace(&mut m.settings.options.traffic, false);
-    note_global(m, i, site, at, mask, len, blocks::Use::StrongWrite);
+    note_global(m, i, site, (request, &Sectors::of(request)), blocks::Use::StrongWrite);
     m.settings.options.traffic = traffic;
 }

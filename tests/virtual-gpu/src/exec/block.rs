@@ -1,5 +1,6 @@
 //! A block and its warps.
 
+use crate::byteset::ByteSet;
 use crate::program::{Chunk, Kernel, NO_JOIN};
 use crate::sanitizer::blocks::BlockOrder;
 
@@ -25,19 +26,19 @@ pub enum Status {
     Done,
 }
 
-/// A copy of cp.async that has not landed.
-#[derive(Debug, Clone, Copy)]
+/// A cp.async of a warp that has not landed for all of its lanes.
+#[derive(Debug, Clone)]
 pub struct Pending {
-    /// Lane that asked for it.
-    pub lane: u32,
-    /// Its group, by the lane's count of groups.
-    pub group: u32,
-    /// Offset in shared memory.
-    pub offset: u32,
-    /// Bytes.
+    /// Lanes for which it has not.
+    pub mask: u32,
+    /// Its group for each lane, by the lane's count of groups.
+    pub groups: [u32; 32],
+    /// Offsets in shared memory.
+    pub offsets: [u32; 32],
+    /// Bytes of a lane.
     pub len: u32,
     /// The data, read when it was asked for.
-    pub data: [u8; 16],
+    pub data: [[u8; 16]; 32],
 }
 
 /// A warp that does not run at the moment.
@@ -95,13 +96,15 @@ pub struct Block {
     /// Shared memory.
     pub shared: Vec<u8>,
     /// Which bytes of shared memory were written.
-    pub shared_written: Vec<u8>,
+    pub shared_written: ByteSet,
     /// Which bytes wait for an asynchronous copy.
-    pub in_flight: Vec<u8>,
+    pub in_flight: ByteSet,
+    /// Asynchronous copies that have not landed.
+    pub in_flight_count: usize,
     /// Local memory of all threads, one after the other.
     pub local: Vec<u8>,
     /// Which bytes of local memory were written.
-    pub local_written: Vec<u8>,
+    pub local_written: ByteSet,
     /// Barriers.
     pub barriers: [Barrier; 16],
     /// Current phase for the race detector.
@@ -142,10 +145,11 @@ impl Block {
             linear,
             warps: (0..warps).map(one).collect(),
             shared: vec![0xff; shared_bytes],
-            shared_written: vec![0; shared_bytes],
-            in_flight: Vec::new(),
+            shared_written: ByteSet::new(shared_bytes),
+            in_flight: ByteSet::new(shared_bytes),
+            in_flight_count: 0,
             local: vec![0xff; local],
-            local_written: vec![0; local],
+            local_written: ByteSet::new(local),
             barriers: [Barrier::default(); 16],
             phase: 0,
             order: BlockOrder::new(linear, warps, kernel.synchronises),
@@ -173,10 +177,11 @@ impl Block {
             warp.reduction = None;
         }
         self.shared.fill(0xff);
-        self.shared_written.fill(0);
-        self.in_flight.fill(0);
+        self.shared_written.clear();
+        self.in_flight.clear();
+        self.in_flight_count = 0;
         self.local.fill(0xff);
-        self.local_written.fill(0);
+        self.local_written.clear();
         self.barriers = [Barrier::default(); 16];
         self.order = BlockOrder::new(linear, self.warps.len(), exact);
         self.turn = 0;

@@ -4,6 +4,7 @@ use super::block::{Frame, Status};
 use super::{Fault, Machine};
 use crate::program::{Flow, Inst, NO_JOIN};
 use crate::sanitizer::Kind;
+use crate::sanitizer::shared::MAX_WARP_PHASE;
 
 /// Takes lanes from the stack; [`Flow::Done`] when none are left.
 fn pop(m: &mut Machine) -> Flow {
@@ -128,7 +129,12 @@ pub unsafe fn warp_barrier(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     // SAFETY: the slot comes from the decoder.
     unsafe { super::shuffle::check_members(m, i, i.a, mask) };
     let warp = m.warp;
-    m.block.warps[warp].warp_phase += 1;
+    let passed = &mut m.block.warps[warp].warp_phase;
+    *passed += 1;
+    if *passed > MAX_WARP_PHASE {
+        *passed = 1;
+        m.history.restart(m.block.phase, warp as u32);
+    }
     Flow::Next
 }
 

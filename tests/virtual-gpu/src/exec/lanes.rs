@@ -40,11 +40,12 @@ lane!(u64, u64, |x| x, |x| x);
 lane!(i64, u64, |x| x as i64, |x| x as u64);
 lane!(f64, u64, f64::from_bits, |x: f64| x.to_bits());
 
-/// Whether the AVX2 versions can run here.
+/// Whether the AVX2 versions can run here: they may use all that came with it, bit counts among them.
 pub fn has_avx2() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
-        std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
+        use std::arch::is_x86_feature_detected as has;
+        has!("avx2") && has!("fma") && has!("bmi1") && has!("bmi2") && has!("lzcnt") && has!("popcnt")
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
@@ -52,9 +53,30 @@ pub fn has_avx2() -> bool {
     }
 }
 
-fn choose(base: Handler, fast: Handler) -> Handler {
+/// The better of two versions of a handler.
+pub fn choose(base: Handler, fast: Handler) -> Handler {
     if has_avx2() { fast } else { base }
 }
+
+/// Defines a function that gives the better of two compilations of a handler.
+macro_rules! handler {
+    ($(#[$doc:meta])* $name:ident = $body:ident) => {
+        $(#[$doc])*
+        pub fn $name() -> crate::program::Handler {
+            unsafe fn base(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+                // SAFETY: the caller's promise.
+                unsafe { $body(m, i, mask) }
+            }
+            #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt"))]
+            unsafe fn fast(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+                // SAFETY: the caller's promise.
+                unsafe { $body(m, i, mask) }
+            }
+            crate::exec::lanes::choose(base, fast)
+        }
+    };
+}
+pub(crate) use handler;
 
 /// The value of a function type that has no state.
 #[inline(always)]
@@ -96,7 +118,7 @@ macro_rules! both {
             // SAFETY: the caller's promise.
             unsafe { $slow::<$($g,)* F>(m, i, mask, conjure()) }
         }
-        #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma"))]
+        #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt"))]
         unsafe fn $fast<$($g: Lane,)* F: Fn($($x),*) -> $r + Copy>(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
             // SAFETY: the caller's promise.
             unsafe { $body::<$($g,)* F>(m, i, mask, conjure()) }

@@ -2,6 +2,7 @@
 
 use super::Machine;
 use super::address::lanes;
+use super::lanes::handler;
 use crate::program::{Flow, Inst, SINK};
 use crate::sanitizer::Kind;
 
@@ -9,13 +10,26 @@ use crate::sanitizer::Kind;
 /// elsewhere. Lanes that have left do not count.
 ///
 /// # Safety
-/// `slot` must be the running kernel's.
+/// `slot` must be the running kernel's, and so for all handlers here.
+#[inline(always)]
 pub unsafe fn check_members(m: &mut Machine, i: &Inst, slot: u32, mask: u32) {
     if !m.settings.options.masks {
         return;
     }
     // SAFETY: the caller's promise.
-    let members = unsafe { *m.slot(slot).cast::<[u32; 32]>() };
+    let members = unsafe { &*m.slot(slot).cast::<[u32; 32]>() };
+    let first = members[mask.trailing_zeros() as usize & 31];
+    // Whether the lanes differ; of lanes that don't execute it may say so too soon.
+    let differ = members.iter().fold(0, |differ, own| differ | own ^ first);
+    // With one mask for all: every executing lane is in it, and nobody else that is alive.
+    if differ != 0 || mask & !first != 0 || first & m.live & !mask != 0 {
+        report_members(m, i, *members, mask);
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn report_members(m: &mut Machine, i: &Inst, members: [u32; 32], mask: u32) {
     let first = members[mask.trailing_zeros() as usize & 31];
     for lane in lanes(mask) {
         let own = members[lane];
@@ -38,49 +52,71 @@ pub unsafe fn check_members(m: &mut Machine, i: &Inst, slot: u32, mask: u32) {
 /// Shuffle modes, the low byte of `imm`.
 pub const MODES: [&str; 4] = ["up", "down", "bfly", "idx"];
 
-/// `shfl.sync`: `a` value, `b` lane operand, `c` clamp, `ext` member mask; the predicate, plus one, is in `imm`
-/// above bit 8.
-///
-/// # Safety
-/// See [`crate::program::Handler`]; so for all handlers here.
-pub unsafe fn shuffle(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+handler! {
+    /// `shfl.sync`: `a` value, `b` lane operand, `c` clamp, `ext` member mask; the predicate, plus one, is in `imm`
+    /// above bit 8.
+    shuffle = shuffle_body
+}
+
+/// The lane that each lane reads, itself where the one it names is out of range, and which those are not.
+#[inline(always)]
+fn sources(mode: i64, operand: &[u32; 32], clamp: &[u32; 32]) -> ([u32; 32], u32) {
+    let (mut from, mut inside) = ([0; 32], 0);
+    for own in 0..32u32 {
+        let (b, c) = (operand[own as usize] & 31, clamp[own as usize]);
+        let (c, segment) = (c & 31, c >> 8 & 31);
+        let most = (own & segment) | (c & !segment);
+        let (lane, ok) = match mode & 3 {
+            0 => (own.wrapping_sub(b), own as i32 - b as i32 >= most as i32),
+            1 => (own + b, own + b <= most),
+            2 => (own ^ b, own ^ b <= most),
+            _ => {
+                let lane = (own & segment) | (b & !segment);
+                (lane, lane <= most)
+            }
+        };
+        from[own as usize] = if ok { lane } else { own } & 31;
+        inside |= u32::from(ok) << own;
+    }
+    (from, inside)
+}
+
+#[inline(always)]
+unsafe fn shuffle_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     // SAFETY: slots come from the decoder.
     unsafe {
         check_members(m, i, i.ext, mask);
         let value = *m.slot(i.a).cast::<[u32; 32]>();
-        let operand = *m.slot(i.b).cast::<[u32; 32]>();
-        let clamp = *m.slot(i.c).cast::<[u32; 32]>();
-        let dst = if i.dst == SINK { std::ptr::null_mut() } else { m.slot(i.dst) };
-        let (mut inside, mut absent) = (0u32, None);
-        for lane in lanes(mask) {
-            let own = lane as u32;
-            let (b, c, segment) = (operand[lane] & 31, clamp[lane] & 31, clamp[lane] >> 8 & 31);
-            let most = (own & segment) | (c & !segment);
-            let (from, ok) = match i.imm & 3 {
-                0 => (own.wrapping_sub(b), own as i32 - b as i32 >= most as i32),
-                1 => (own + b, own + b <= most),
-                2 => (own ^ b, own ^ b <= most),
-                _ => {
-                    let from = (own & segment) | (b & !segment);
-                    (from, from <= most)
-                }
-            };
-            let from = if ok { from } else { own } as usize & 31;
-            inside |= u32::from(ok) << lane;
-            if mask >> from & 1 == 0 {
-                absent = Some((own, from));
-            }
-            if !dst.is_null() {
-                *dst.add(lane) = value[from];
+        let (operand, clamp) = (&*m.slot(i.b).cast::<[u32; 32]>(), &*m.slot(i.c).cast::<[u32; 32]>());
+        // One loop for each mode, without a choice inside.
+        let (from, inside) = match i.imm & 3 {
+            0 => sources(0, operand, clamp),
+            1 => sources(1, operand, clamp),
+            2 => sources(2, operand, clamp),
+            _ => sources(3, operand, clamp),
+        };
+        if mask != u32::MAX && m.settings.options.masks {
+            let absent = lanes(mask).filter(|&lane| mask >> from[lane] & 1 == 0).last();
+            if let Some(lane) = absent {
+                let text = format!("lane {lane} reads lane {}, which does not take part", from[lane]);
+                m.report(Kind::ShuffleMask, i, lane as u32, text);
             }
         }
-        if let Some((lane, from)) = absent.filter(|_| m.settings.options.masks) {
-            let text = format!("lane {lane} reads lane {from}, which does not take part");
-            m.report(Kind::ShuffleMask, i, lane, text);
+        if i.dst != SINK {
+            let dst = m.slot(i.dst);
+            if mask == u32::MAX {
+                for (lane, &from) in from.iter().enumerate() {
+                    *dst.add(lane) = value[from as usize & 31];
+                }
+            } else {
+                for lane in lanes(mask) {
+                    *dst.add(lane) = value[from[lane] as usize & 31];
+                }
+            }
         }
         let predicate = (i.imm >> 8) as u32;
         if predicate != 0 {
-            m.set_predicate(predicate - 1, inside, mask);
+            m.set_predicate(predicate - 1, inside & mask, mask);
         }
     }
     Flow::Next

@@ -1,13 +1,14 @@
 //! Tensor cores: `ldmatrix`, `stmatrix`, `mma.sync`. Fragments are laid out as in the PTX ISA, section 9.7.15;
 //! below, `g` is lane / 4 and `t` is lane % 4.
 
-use super::access::{check_window, read_shared, write_shared};
-use super::address::lanes;
+use super::address::{Request, lanes};
+use super::lanes::{choose, handler};
 use super::traffic::part_waves;
+use super::window::{check, note_read, write_shared};
 use super::{Accumulate, Machine};
 use crate::memory::SHARED_WINDOW;
 use crate::num::{F32, Half, Round, canon, narrow};
-use crate::program::{Flow, Inst};
+use crate::program::{Flow, Handler, Inst, Kernel};
 use crate::ptx::ast::Space;
 use crate::sanitizer::Kind;
 
@@ -64,6 +65,11 @@ impl Shape {
         }
     }
 
+    /// Whether it works on bytes, with sums in s32.
+    fn integer(self) -> bool {
+        matches!(self.a, Element::S8 | Element::U8)
+    }
+
     /// Elements of a 32-bit register.
     pub fn per_register(self) -> u32 {
         match self.a {
@@ -89,146 +95,210 @@ impl Shape {
     }
 }
 
-fn value(element: Element, register: u32, n: u32) -> f32 {
-    match element {
-        Element::F16 => Half::F16.widen((register >> (16 * n)) as u16),
-        Element::Bf16 => Half::Bf16.widen((register >> (16 * n)) as u16),
-        Element::Tf32 => f32::from_bits(register & !0x1fff),
-        Element::S8 => f32::from((register >> (8 * n)) as i8),
-        Element::U8 => f32::from((register >> (8 * n)) as u8),
-    }
-}
-
 /// Factors of one product, widened: A by rows, B by rows of k.
-struct Factors {
-    a: [[f32; 32]; 16],
-    b: [[f32; 8]; 32],
+struct Factors<const K: usize> {
+    a: [[f64; K]; 16],
+    b: [[f64; 8]; K],
 }
 
-unsafe fn gather(m: &Machine, shape: Shape, registers: &[u32]) -> Factors {
-    let mut f = Factors { a: [[0.0; 32]; 16], b: [[0.0; 8]; 32] };
-    let per = shape.per_register();
-    // Register r of A holds rows g + 8 (r odd), columns t * per … + half of k (r >= 2).
-    let (of_a, rest) = registers.split_at(shape.a_registers());
-    for (r, &register) in of_a.iter().enumerate() {
-        // SAFETY: slots come from the decoder.
-        let slot = unsafe { &*m.slot(register).cast::<[u32; 32]>() };
-        for (lane, &word) in slot.iter().enumerate() {
-            let (g, t) = (lane / 4, lane as u32 % 4);
-            let row = g + 8 * (r & 1);
-            let first = t * per + 4 * per * (r as u32 >> 1);
-            for n in 0..per {
-                f.a[row][(first + n) as usize] = value(shape.a, word, n);
-            }
-        }
-    }
-    for (r, &register) in rest[..shape.b_registers()].iter().enumerate() {
-        // SAFETY: as above.
-        let slot = unsafe { &*m.slot(register).cast::<[u32; 32]>() };
-        for (lane, &word) in slot.iter().enumerate() {
-            let (g, t) = (lane / 4, lane as u32 % 4);
-            let first = t * per + 4 * per * r as u32;
-            for n in 0..per {
-                f.b[(first + n) as usize][g] = value(shape.b, word, n);
-            }
-        }
-    }
-    f
-}
-
+/// Both factors of depth `K`, of elements `E`. A register holds eight rows of 16 bytes, four lanes a row. Register r
+/// of A has the rows from 8 (r odd) on, and of each the 16 bytes r / 2; register r of B the 16 bytes r of each column.
 #[inline(always)]
-fn sums_exact(f: &Factors, k: usize, c: &mut [[f64; 8]; 16]) {
-    for (row, sums) in f.a.iter().zip(c.iter_mut()) {
-        for (&x, b) in row[..k].iter().zip(&f.b) {
-            for n in 0..8 {
-                sums[n] += f64::from(x) * f64::from(b[n]);
+unsafe fn factors<E: Copy, const K: usize>(
+    m: &Machine,
+    shape: Shape,
+    registers: &[u32],
+    (widen_a, widen_b): (impl Fn(E) -> f32, impl Fn(E) -> f32),
+) -> Factors<K> {
+    let side = 16 / size_of::<E>();
+    let (of_a, rest) = registers.split_at(shape.a_registers());
+    // SAFETY: slots come from the decoder; each has 128 bytes, and the arithmetic below stays inside.
+    unsafe {
+        let slot = |register: Option<&u32>| m.slot(register.copied().unwrap_or(0)).cast::<E>().cast_const();
+        let a: [*const E; 4] = std::array::from_fn(|r| slot(of_a.get(r)));
+        let b: [*const E; 2] = std::array::from_fn(|r| slot(rest.get(r)));
+        // Loops and not `from_fn`, which would be compiled for the baseline.
+        let mut f = Factors { a: [[0.0; K]; 16], b: [[0.0; 8]; K] };
+        for k in 0..K {
+            for row in 0..16 {
+                let at = a[2 * (k / side) + row / 8].add(row % 8 * side + k % side);
+                f.a[row][k] = f64::from(widen_a(*at));
+            }
+            for column in 0..8 {
+                f.b[k][column] = f64::from(widen_b(*b[k / side].add(column * side + k % side)));
             }
         }
+        f
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn sums_exact_fast(f: &Factors, k: usize, c: &mut [[f64; 8]; 16]) {
-    sums_exact(f, k, c);
-}
-
-fn sums(f: &Factors, k: usize, c: &mut [[f64; 8]; 16], mode: Accumulate) {
-    if mode == Accumulate::Sequential {
-        for (row, sums) in f.a.iter().zip(c.iter_mut()) {
-            for (&x, b) in row[..k].iter().zip(&f.b) {
-                for n in 0..8 {
-                    sums[n] = f64::from((sums[n] + f64::from(x) * f64::from(b[n])) as f32);
+/// Adds the products to `c`, k by k. Factors have so few bits that each product is exact in f64: adding it is one
+/// rounding, whether `FUSED` or not.
+#[inline(always)]
+fn sums_exact<const K: usize, const FUSED: bool>(f: &Factors<K>, c: &mut [[f64; 8]; 16]) {
+    // Four rows at once: enough sums that do not wait for one another.
+    for (rows, sums) in f.a.chunks_exact(4).zip(c.chunks_exact_mut(4)) {
+        let mut all = [sums[0], sums[1], sums[2], sums[3]];
+        for (k, b) in f.b.iter().enumerate() {
+            for (row, sums) in rows.iter().zip(&mut all) {
+                for (sum, &b) in sums.iter_mut().zip(b) {
+                    *sum = if FUSED { row[k].mul_add(b, *sum) } else { *sum + row[k] * b };
                 }
             }
         }
-        return;
+        sums.copy_from_slice(&all);
     }
-    #[cfg(target_arch = "x86_64")]
-    if super::lanes::has_avx2() {
-        // SAFETY: the features were found.
-        return unsafe { sums_exact_fast(f, k, c) };
+}
+
+/// The same in f32, one rounding for each product.
+fn sums_sequential<const K: usize>(f: &Factors<K>, c: &mut [[f64; 8]; 16]) {
+    for (row, sums) in f.a.iter().zip(c.iter_mut()) {
+        for (&x, b) in row.iter().zip(&f.b) {
+            for n in 0..8 {
+                sums[n] = f64::from((sums[n] + x * b[n]) as f32);
+            }
+        }
     }
-    sums_exact(f, k, c);
 }
 
 /// `mma.sync`: the list holds D, A, B, C; `imm` the [`Shape`].
-///
-/// # Safety
-/// See [`crate::program::Handler`]; so for all handlers here.
-pub unsafe fn multiply(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+pub fn multiply() -> Handler {
+    unsafe fn base(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+        // SAFETY: the caller's promise.
+        unsafe { multiply_body::<false>(m, i, mask) }
+    }
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt"))]
+    unsafe fn fast(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+        // SAFETY: the caller's promise.
+        unsafe { multiply_body::<true>(m, i, mask) }
+    }
+    choose(base, fast)
+}
+
+#[inline(always)]
+unsafe fn multiply_body<const FUSED: bool>(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     let shape = Shape::unpack(i.imm);
     require_all(m, i, mask);
-    let kernel = std::sync::Arc::clone(&m.kernel);
-    let list = &kernel.lists[i.ext as usize];
-    let (d, rest) = list.split_at(shape.c_registers());
-    let c_slots = &rest[shape.a_registers() + shape.b_registers()..];
-    let integer = matches!(shape.a, Element::S8 | Element::U8);
-    // SAFETY: slots come from the decoder.
+    let kernel: *const Kernel = &*m.kernel;
+    // SAFETY: the machine keeps the kernel alive; slots come from the decoder.
     unsafe {
-        let factors = gather(m, shape, rest);
-        let mut c = [[0.0f64; 8]; 16];
-        for_each_sum(shape, |register, part, row, column, lane| {
-            let word = *m.slot(c_slots[register]).add(lane);
-            c[row][column] = match (integer, shape.half_sums) {
-                (true, _) => f64::from(word as i32),
-                (_, true) => f64::from(Half::F16.widen((word >> (16 * part)) as u16)),
-                _ => f64::from(f32::from_bits(word)),
+        let list = &(&(*kernel).lists)[i.ext as usize];
+        let (d, rest) = list.split_at(shape.c_registers());
+        let mut c = load_sums(m, shape, &rest[shape.a_registers() + shape.b_registers()..]);
+        macro_rules! with {
+            ($k:literal, $element:ty, $a:expr, $b:expr) => {
+                accumulate::<$k, FUSED>(m, shape, &factors::<$element, $k>(m, shape, rest, ($a, $b)), &mut c)
             };
-        });
-        // Bytes and their sums are exact in f64 in any order.
-        let mode = if integer { Accumulate::Exact } else { m.settings.accumulate };
-        sums(&factors, shape.k as usize, &mut c, mode);
-        for_each_sum(shape, |register, part, row, column, lane| {
-            let slot = m.slot(d[register]).add(lane);
-            let sum = c[row][column];
-            if integer {
-                let limited = if shape.saturate { sum.clamp(-2147483648.0, 2147483647.0) } else { sum };
-                *slot = limited as i64 as u32;
-            } else if shape.half_sums {
-                let bits = u32::from(Half::F16.nearest(sum as f32));
-                *slot = (*slot & !(0xffff << (16 * part))) | bits << (16 * part);
-            } else if mode == Accumulate::Truncating {
-                *slot = canon(f32::from_bits(narrow(sum, F32, Round::Zero))).to_bits();
-            } else {
-                *slot = canon(sum as f32).to_bits();
-            }
-        });
+        }
+        let f16 = |x: u16| Half::F16.widen(x);
+        let bf16 = |x: u16| Half::Bf16.widen(x);
+        let tf32 = |x: u32| f32::from_bits(x & !0x1fff);
+        let byte =
+            |of: Element| move |x: u8| if of == Element::S8 { f32::from(x as i8) } else { f32::from(x) };
+        match (shape.a, shape.k) {
+            (Element::F16, 8) => with!(8, u16, f16, f16),
+            (Element::F16, _) => with!(16, u16, f16, f16),
+            (Element::Bf16, 8) => with!(8, u16, bf16, bf16),
+            (Element::Bf16, _) => with!(16, u16, bf16, bf16),
+            (Element::Tf32, 4) => with!(4, u32, tf32, tf32),
+            (Element::Tf32, _) => with!(8, u32, tf32, tf32),
+            (a, 16) => with!(16, u8, byte(a), byte(shape.b)),
+            (a, _) => with!(32, u8, byte(a), byte(shape.b)),
+        }
+        store_sums(m, shape, d, &c);
     }
     m.counters.tensor_instructions += 1;
     m.counters.tensor_multiply_adds += 16 * 8 * u64::from(shape.k);
     Flow::Next
 }
 
-/// Calls `f(register, half of it, row, column, lane)` for every element of C.
 #[inline(always)]
-fn for_each_sum(shape: Shape, mut f: impl FnMut(usize, u32, usize, usize, usize)) {
-    for lane in 0..32 {
-        let (g, t) = (lane / 4, lane % 4);
-        for e in 0..4usize {
-            let (row, column) = (g + 8 * (e / 2), t * 2 + e % 2);
-            let (register, part) = if shape.half_sums { (e / 2, e as u32 % 2) } else { (e, 0) };
-            f(register, part, row, column, lane);
+fn accumulate<const K: usize, const FUSED: bool>(
+    m: &Machine,
+    shape: Shape,
+    factors: &Factors<K>,
+    c: &mut [[f64; 8]; 16],
+) {
+    // Bytes and their sums are exact in f64 in any order.
+    if m.settings.accumulate == Accumulate::Sequential && !shape.integer() {
+        sums_sequential(factors, c);
+    } else {
+        sums_exact::<K, FUSED>(factors, c);
+    }
+}
+
+/// C of a product. Registers 2h and 2h + 1 hold the rows from 8h on, the even and the odd columns; sums in f16 lie in
+/// register h, both in a word.
+#[inline(always)]
+unsafe fn load_sums(m: &Machine, shape: Shape, registers: &[u32]) -> [[f64; 8]; 16] {
+    // SAFETY: slots come from the decoder, and have 128 bytes.
+    unsafe {
+        let mut c = [[0.0; 8]; 16];
+        macro_rules! all {
+            (|$word:ident| $widen:expr) => {
+                for (r, &register) in registers.iter().enumerate() {
+                    let words = &*m.slot(register).cast::<[u32; 32]>();
+                    for g in 0..8 {
+                        for t in 0..4 {
+                            let $word = words[4 * g + t];
+                            c[r / 2 * 8 + g][2 * t + r % 2] = $widen;
+                        }
+                    }
+                }
+            };
+        }
+        if shape.half_sums {
+            for (h, &register) in registers.iter().enumerate() {
+                let rows = &*m.slot(register).cast::<[[u16; 8]; 8]>();
+                for (row, halves) in c[8 * h..].iter_mut().zip(rows) {
+                    row.iter_mut().zip(halves).for_each(|(x, &half)| *x = f64::from(Half::F16.widen(half)));
+                }
+            }
+        } else if shape.integer() {
+            all!(|word| f64::from(word as i32));
+        } else {
+            all!(|word| f64::from(f32::from_bits(word)));
+        }
+        c
+    }
+}
+
+/// D of a product, from its sums.
+#[inline(always)]
+unsafe fn store_sums(m: &Machine, shape: Shape, registers: &[u32], c: &[[f64; 8]; 16]) {
+    // SAFETY: slots come from the decoder, and have 128 bytes.
+    unsafe {
+        if shape.half_sums {
+            for (h, &register) in registers.iter().enumerate() {
+                let rows = &mut *m.slot(register).cast::<[[u16; 8]; 8]>();
+                for (row, halves) in c[8 * h..].iter().zip(rows) {
+                    row.iter().zip(halves).for_each(|(&sum, half)| *half = Half::F16.nearest(sum as f32));
+                }
+            }
+            return;
+        }
+        macro_rules! all {
+            (|$sum:ident| $narrow:expr) => {
+                for (r, &register) in registers.iter().enumerate() {
+                    let words = &mut *m.slot(register).cast::<[u32; 32]>();
+                    for g in 0..8 {
+                        for t in 0..4 {
+                            let $sum = c[r / 2 * 8 + g][2 * t + r % 2];
+                            words[4 * g + t] = $narrow;
+                        }
+                    }
+                }
+            };
+        }
+        if shape.integer() {
+            all!(|sum| {
+                let limited = if shape.saturate { sum.clamp(-2147483648.0, 2147483647.0) } else { sum };
+                limited as i64 as u32
+            });
+        } else if m.settings.accumulate == Accumulate::Truncating {
+            all!(|sum| canon(f32::from_bits(narrow(sum, F32, Round::Zero))).to_bits());
+        } else {
+            all!(|sum| canon(sum as f32).to_bits());
         }
     }
 }
@@ -241,7 +311,7 @@ fn require_all(m: &mut Machine, i: &Inst, mask: u32) {
 }
 
 /// Row addresses of `count` matrices, from the lanes that give them; checked and counted.
-unsafe fn rows(m: &mut Machine, i: &Inst, mask: u32, count: usize, verb: &str) -> Result<[u64; 32], Flow> {
+unsafe fn rows(m: &mut Machine, i: &Inst, mask: u32, count: usize, verb: &str) -> Result<Request, Flow> {
     // SAFETY: the slot comes from the decoder, which knows its width.
     let mut at = unsafe { super::address::addresses(m, i.a, i.c & 1 != 0, i.imm) };
     for address in &mut at {
@@ -251,46 +321,58 @@ unsafe fn rows(m: &mut Machine, i: &Inst, mask: u32, count: usize, verb: &str) -
     }
     require_all(m, i, mask);
     let used = if count == 4 { u32::MAX } else { (1u32 << (8 * count)) - 1 };
-    check_window(m, i, Space::Shared, &at, mask & used, 16, verb)?;
+    let request = Request::new(at, mask & used, 16);
+    check(m, i, Space::Shared, &request, verb)?;
     if m.settings.options.traffic {
-        let offsets: [u32; 32] = std::array::from_fn(|l| at[l] as u32);
         m.counters.shared_requests += 1;
         for matrix in 0..count {
-            m.counters.shared_waves += part_waves(&offsets[matrix * 8..matrix * 8 + 8], 0xff, 16);
+            m.counters.shared_waves += part_waves(&at, 0xff << (matrix * 8), 16);
             m.counters.shared_ideal_waves += 1;
         }
     }
-    Ok(at)
+    Ok(request)
 }
 
-/// `ldmatrix`: `a` the address (64-bit if `c` bit 0), the list the destinations, `c` bit 1 transposes.
-pub unsafe fn load_matrix(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
-    let kernel = std::sync::Arc::clone(&m.kernel);
-    let list = &kernel.lists[i.ext as usize];
-    // SAFETY: slots come from the decoder.
+handler! {
+    /// `ldmatrix`: `a` the address (64-bit if `c` bit 0), the list the destinations, `c` bit 1 transposes.
+    load_matrix = load_matrix_body
+}
+
+#[inline(always)]
+unsafe fn load_matrix_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+    let kernel: *const Kernel = &*m.kernel;
+    // SAFETY: the machine keeps the kernel alive; slots come from the decoder.
     unsafe {
-        let at = match rows(m, i, mask, list.len(), "ldmatrix") {
-            Ok(at) => at,
+        let list = &(&(*kernel).lists)[i.ext as usize];
+        let request = match rows(m, i, mask, list.len(), "ldmatrix") {
+            Ok(request) => request,
             Err(flow) => return flow,
         };
+        if request.mask != 0 {
+            note_read(m, i, &request);
+        }
         for (matrix, &dst) in list.iter().enumerate() {
-            let mut tile = [[0u16; 8]; 8];
-            for (r, row) in tile.iter_mut().enumerate() {
-                let lane = matrix * 8 + r;
-                let bytes = read_shared(m, i, lane, at[lane] as usize, 16);
-                for (c, element) in row.iter_mut().enumerate() {
-                    *element = u16::from_le_bytes([bytes[2 * c], bytes[2 * c + 1]]);
-                }
-            }
+            let row = |g: usize| -> [u8; 16] {
+                let at = request.at[matrix * 8 + g] as usize;
+                // A lane that does not take part may give any address; that it does not is a finding already.
+                let bytes = m.block.shared.get(at..at + 16).unwrap_or(&[0; 16]);
+                std::array::from_fn(|n| bytes[n])
+            };
+            let tile: [[u8; 16]; 8] = std::array::from_fn(row);
+            let words: [u32; 32] = if i.c & 2 != 0 {
+                let half = |g: usize, n: usize| u16::from_le_bytes([tile[g][2 * n], tile[g][2 * n + 1]]);
+                std::array::from_fn(|lane| {
+                    let (g, t) = (lane / 4, lane % 4);
+                    u32::from(half(2 * t, g)) | u32::from(half(2 * t + 1, g)) << 16
+                })
+            } else {
+                std::mem::transmute::<[[u8; 16]; 8], [u32; 32]>(tile)
+            };
             let dst = m.slot(dst);
-            for lane in lanes(mask) {
-                let (g, t) = (lane / 4, lane % 4);
-                let (low, high) = if i.c & 2 != 0 {
-                    (tile[2 * t][g], tile[2 * t + 1][g])
-                } else {
-                    (tile[g][2 * t], tile[g][2 * t + 1])
-                };
-                *dst.add(lane) = u32::from(low) | u32::from(high) << 16;
+            if mask == u32::MAX {
+                dst.cast::<[u32; 32]>().write(words);
+            } else {
+                lanes(mask).for_each(|lane| *dst.add(lane) = words[lane]);
             }
         }
     }
@@ -304,7 +386,7 @@ pub unsafe fn store_matrix(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     // SAFETY: slots come from the decoder.
     unsafe {
         let at = match rows(m, i, mask, list.len(), "stmatrix") {
-            Ok(at) => at,
+            Ok(request) => request.at,
             Err(flow) => return flow,
         };
         for (matrix, &src) in list.iter().enumerate() {

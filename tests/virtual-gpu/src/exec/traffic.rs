@@ -1,110 +1,190 @@
 //! Counts what a warp's request to memory costs: sectors of device memory, passes through the banks of shared
 //! memory.
 
-use std::mem::MaybeUninit;
+use super::address::{Pattern, Request, lanes};
 
-/// The sectors of one request with the bytes used in each.
+/// The sectors of one request with the bytes used in each, in the order in which the lanes come to them.
 pub struct Sectors {
-    keys: [u64; 64],
-    masks: [u32; 64],
-    /// Slots in use, in order of first touch.
-    order: [u8; 64],
+    keys: [u64; 32],
+    masks: [u32; 32],
     count: usize,
 }
 
 impl Default for Sectors {
+    /// None.
+    #[inline(always)]
     fn default() -> Self {
-        Sectors { keys: [0; 64], masks: [0; 64], order: [0; 64], count: 0 }
+        Sectors { keys: [0; 32], masks: [0; 32], count: 0 }
     }
 }
 
+/// The bytes of an aligned access in its sector.
+#[inline(always)]
+fn bytes_of(address: u64, len: u32) -> u32 {
+    (((1u64 << len) - 1) as u32) << (address as u32 & 31)
+}
+
 impl Sectors {
-    /// Adds an aligned access of at most 16 bytes.
+    /// Those of a request of aligned accesses of at most 16 bytes: none of them crosses a sector.
     #[inline(always)]
-    pub fn add(&mut self, address: u64, len: u32) {
-        let sector = address >> 5;
-        let bytes = (((1u64 << len) - 1) as u32) << (address & 31);
-        let mut slot = (sector.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58) as usize;
-        loop {
-            if self.masks[slot] == 0 {
-                self.keys[slot] = sector;
-                self.masks[slot] = bytes;
-                self.order[self.count] = slot as u8;
-                self.count += 1;
-                return;
+    pub fn of(request: &Request) -> Self {
+        let mut sectors = Sectors::default();
+        let (first, len) = (request.first(), request.len);
+        match request.pattern {
+            Pattern::Run if first.is_multiple_of(32) => {
+                sectors.count = len as usize & 31;
+                for n in 0..sectors.count {
+                    (sectors.keys[n], sectors.masks[n]) = ((first >> 5) + n as u64, u32::MAX);
+                }
             }
-            if self.keys[slot] == sector {
-                self.masks[slot] |= bytes;
-                return;
+            Pattern::Same => {
+                sectors.count = 1;
+                (sectors.keys[0], sectors.masks[0]) = (first >> 5, bytes_of(first, len));
             }
-            slot = (slot + 1) & 63;
+            _ => {
+                if !sectors.apart(request) && !sectors.rising(request) {
+                    sectors.any(request);
+                }
+            }
+        }
+        sectors
+    }
+
+    /// The sectors of a full warp of which each lane has one of its own, above that of the lane before; false if not.
+    #[inline(always)]
+    fn apart(&mut self, request: &Request) -> bool {
+        let mut apart = request.mask == u32::MAX;
+        for (lane, &address) in request.at.iter().enumerate() {
+            (self.keys[lane], self.masks[lane]) = (address >> 5, bytes_of(address, request.len));
+        }
+        for lane in 1..32 {
+            apart &= self.keys[lane] > self.keys[lane - 1];
+        }
+        self.count = 32;
+        apart
+    }
+
+    /// The sectors of lanes whose addresses don't fall: each is that of the lane before, or new. False if one falls.
+    #[inline(always)]
+    fn rising(&mut self, request: &Request) -> bool {
+        let (mut count, mut last, mut rises) = (0, 0, true);
+        for lane in lanes(request.mask) {
+            let sector = request.at[lane] >> 5;
+            let new = (count == 0) | (sector != last);
+            rises &= sector >= last;
+            count += usize::from(new);
+            let (at, bytes) = (count - 1 & 31, bytes_of(request.at[lane], request.len));
+            self.masks[at] = if new { bytes } else { self.masks[at] | bytes };
+            self.keys[at] = sector;
+            last = sector;
+        }
+        self.count = count;
+        rises
+    }
+
+    #[inline(never)]
+    fn any(&mut self, request: &Request) {
+        self.count = 0;
+        for lane in lanes(request.mask) {
+            let (sector, bytes) = (request.at[lane] >> 5, bytes_of(request.at[lane], request.len));
+            match self.keys[..self.count].iter().position(|&key| key == sector) {
+                Some(slot) => self.masks[slot] |= bytes,
+                None => {
+                    (self.keys[self.count], self.masks[self.count]) = (sector, bytes);
+                    self.count += 1;
+                }
+            }
         }
     }
 
     /// How many there are.
+    #[inline(always)]
     pub fn len(&self) -> usize {
         self.count
     }
 
     /// Sector numbers (address / 32) and masks of bytes.
+    #[inline(always)]
     pub fn iter(&self) -> impl Iterator<Item = (u64, u32)> + '_ {
-        self.order[..self.count].iter().map(|&slot| (self.keys[slot as usize], self.masks[slot as usize]))
+        self.keys.iter().copied().zip(self.masks.iter().copied()).take(self.count)
     }
 
     /// Different bytes of all sectors.
+    #[inline(always)]
     pub fn bytes(&self) -> u64 {
-        self.iter().map(|(_, mask)| u64::from(mask.count_ones())).sum()
+        self.masks[..self.count].iter().map(|mask| u64::from(mask.count_ones())).sum()
     }
 }
 
-/// Passes that 32 banks of four bytes need for a request of `len` bytes a lane, and how many it would be without
-/// conflicts. Requests of 8 bytes go in two halves of the warp, of 16 bytes in four quarters.
-pub fn waves(offsets: &[u32; 32], mask: u32, len: u32) -> (u64, u64) {
+/// Passes that 32 banks of four bytes need for a request, and how many it would be without conflicts. Requests of 8
+/// bytes go in two halves of the warp, of 16 bytes in four quarters.
+#[inline(always)]
+pub fn waves(request: &Request) -> (u64, u64) {
+    let (mask, len) = (request.mask, request.len);
     let lanes = if len <= 4 { 32 } else { 128 / len };
-    let (mut total, mut ideal) = (0, 0);
-    for first in (0..32).step_by(lanes as usize) {
-        let part = mask >> first & if lanes == 32 { u32::MAX } else { (1 << lanes) - 1 };
+    // A run that begins at a word, or one address for all, uses no bank for two things.
+    let smooth =
+        request.pattern == Pattern::Same || request.pattern == Pattern::Run && request.first() & 3 == 0;
+    let (mut total, mut ideal, mut first) = (0, 0, 0);
+    while first < 32 {
+        let part = mask & (u32::MAX >> (32 - lanes)) << first;
         if part != 0 {
-            total += part_waves(&offsets[first as usize..(first + lanes) as usize], part, len);
+            total += if smooth { 1 } else { part_waves(&request.at, part, len) };
             ideal += 1;
         }
+        first += lanes;
     }
     (total, ideal)
 }
 
-/// Passes of one part of a request.
-pub fn part_waves(offsets: &[u32], mask: u32, len: u32) -> u64 {
-    // The words of each bank so far; only the first `counts[bank]` of a row are set, clearing all would cost more
-    // than the rest of this function.
-    let mut words = [const { MaybeUninit::<[u32; 32]>::uninit() }; 32];
-    let mut counts = [0usize; 32];
-    let mut most = 1;
-    for (lane, &offset) in offsets.iter().enumerate() {
-        if mask >> lane & 1 == 0 {
-            continue;
-        }
-        for word in offset / 4..(offset + len).div_ceil(4) {
-            let bank = (word & 31) as usize;
-            let (row, count) = (words[bank].as_mut_ptr().cast::<u32>(), &mut counts[bank]);
-            // SAFETY: the first `count` words of the row were written below.
-            let known = unsafe { std::slice::from_raw_parts(row, *count) };
-            if !known.contains(&word) && *count < 32 {
-                // SAFETY: a row has 32 words.
-                unsafe { row.add(*count).write(word) };
-                *count += 1;
-                most = most.max(*count);
+/// Passes of one part of a request, of aligned accesses: each pass serves one word of each bank, to all lanes that
+/// want it. Accesses of 8 or 16 bytes use two or four banks together, because they are aligned.
+#[inline(always)]
+pub fn part_waves(at: &[u64; 32], mask: u32, len: u32) -> u64 {
+    let shift = len.max(4).trailing_zeros();
+    let banks = (128u32 >> shift) - 1;
+    let mut served = [0u32; 32];
+    let (mut left, mut passes) = (mask, 0);
+    while left != 0 {
+        let (mut busy, mut later) = (0u32, 0u32);
+        for lane in lanes(left) {
+            let word = (at[lane] >> shift) as u32;
+            let bank = word & banks & 31;
+            if busy >> bank & 1 == 0 {
+                busy |= 1 << bank;
+                served[bank as usize] = word;
+            } else if served[bank as usize] != word {
+                later |= 1 << lane;
             }
         }
+        left = later;
+        passes += 1;
     }
-    most as u64
+    passes
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn strided(stride: u32) -> [u32; 32] {
-        std::array::from_fn(|lane| lane as u32 * stride)
+    fn strided(stride: u64) -> [u64; 32] {
+        std::array::from_fn(|lane| lane as u64 * stride)
+    }
+
+    fn waves(at: &[u64; 32], mask: u32, len: u32) -> (u64, u64) {
+        let request = Request::new(*at, mask, len);
+        // The short way for runs gives what counting gives.
+        let counted = super::waves(&Request { pattern: Pattern::Other, ..request });
+        assert_eq!(super::waves(&request), counted);
+        counted
+    }
+
+    fn sectors(at: [u64; 32], mask: u32, len: u32) -> (usize, u64) {
+        let request = Request::new(at, mask, len);
+        let sectors = Sectors::of(&request);
+        let counted = Sectors::of(&Request { pattern: Pattern::Other, ..request });
+        assert!(sectors.iter().eq(counted.iter()));
+        (sectors.len(), sectors.bytes())
     }
 
     #[test]
@@ -122,15 +202,15 @@ mod tests {
     }
 
     #[test]
-    fn sectors() {
-        let mut s = Sectors::default();
-        (0..32).for_each(|lane| s.add(4096 + lane * 4, 4));
-        assert_eq!((s.len(), s.bytes()), (4, 128));
-        let mut s = Sectors::default();
-        (0..32).for_each(|lane| s.add(4096 + lane * 34 / 2 * 2, 2));
-        assert_eq!((s.len(), s.bytes()), (32, 64));
-        let mut s = Sectors::default();
-        (0..32).for_each(|_| s.add(4100, 4));
-        assert_eq!((s.len(), s.bytes()), (1, 4));
+    fn touched_sectors() {
+        assert_eq!(sectors(strided(4).map(|a| 4096 + a), u32::MAX, 4), (4, 128));
+        assert_eq!(sectors(strided(4).map(|a| 4100 + a), u32::MAX, 4), (5, 128));
+        assert_eq!(sectors(strided(16), u32::MAX, 16), (16, 512));
+        assert_eq!(sectors(strided(34), u32::MAX, 2), (32, 64));
+        assert_eq!(sectors(strided(0).map(|a| 4100 + a), u32::MAX, 4), (1, 4));
+        assert_eq!(sectors(strided(4), 0xff00, 4), (1, 32));
+        // Down and up again, with sectors that come back.
+        let there_and_back = std::array::from_fn(|lane: usize| 4096 + 32 * lane.abs_diff(16) as u64);
+        assert_eq!(sectors(there_and_back, u32::MAX, 4), (17, 68));
     }
 }

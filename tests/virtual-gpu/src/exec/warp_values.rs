@@ -1,6 +1,8 @@
 //! Values that come from the launch: special registers and parameters.
 
-use super::address::{addresses, lanes};
+use super::address::{Pattern, Request, addresses, lanes};
+use super::lanes::handler;
+use super::values::splat;
 use super::{Fault, Machine};
 use crate::program::{Access, Flow, Inst};
 use crate::sanitizer::Kind;
@@ -38,6 +40,11 @@ const NAMES: [&str; 31] = [
     "globaltimer_lo",
     "globaltimer_hi",
 ];
+
+/// Those that differ between the lanes of a warp.
+fn differs(number: i64) -> bool {
+    matches!(number, 0..=2 | 12 | 18..=22)
+}
 
 /// The number of a special register.
 pub fn number(name: &str) -> Option<i64> {
@@ -83,6 +90,15 @@ pub unsafe fn special(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     // SAFETY: the slot comes from the decoder.
     unsafe {
         let dst = m.slot(i.dst);
+        if !differs(i.imm) {
+            let value = value(m, i.imm, 0);
+            if i.c != 0 {
+                splat(dst.cast::<u64>(), mask, value);
+            } else {
+                splat(dst, mask, value as u32);
+            }
+            return Flow::Next;
+        }
         for lane in lanes(mask) {
             let value = value(m, i.imm, lane as u32);
             if i.c != 0 {
@@ -100,47 +116,84 @@ pub unsafe fn special(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
 /// # Safety
 /// See [`crate::program::Handler`].
 pub unsafe fn parameter(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
-    let access = m.kernel.accesses[i.ext as usize].clone();
-    for e in 0..access.count as usize {
-        // The decoder checked that the range lies inside the kernel's parameters.
-        let value = parameter_value(m, &access, i.imm as usize + e * access.bytes as usize);
-        // SAFETY: the slot comes from the decoder.
-        unsafe { put(m, &access, e, mask, |_| value) };
+    // The decoder checked that the range lies inside the kernel's parameters.
+    let access = &m.kernel.accesses[i.ext as usize];
+    // SAFETY: the access is the running kernel's.
+    unsafe { read_parameter(m, access, i.imm as usize, mask) };
+    Flow::Next
+}
+
+handler! {
+    /// `ld.param` through a register: access `ext`, base `a` (64-bit if `c`), offset `imm`. A lane's address counts
+    /// from the first parameter.
+    parameter_at = parameter_at_body
+}
+
+#[inline(always)]
+unsafe fn parameter_at_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+    let access = &m.kernel.accesses[i.ext as usize];
+    // SAFETY: the slot comes from the decoder, which knows its width.
+    let at = unsafe { addresses(m, i.a, i.c != 0, i.imm) };
+    let request = Request::new(at, mask, access.bytes * access.count);
+    let (len, limit) = (u64::from(request.len), m.shape.params.len() as u64);
+    let (_, high, bits) = request.union();
+    if bits & (len - 1) != 0 || high.checked_add(len).is_none_or(|end| end > limit) {
+        return outside_parameters(m, i, &request);
+    }
+    // SAFETY: the access is the running kernel's.
+    unsafe {
+        if request.pattern == Pattern::Same {
+            read_parameter(m, access, request.first() as usize, mask);
+        } else {
+            for lane in lanes(mask) {
+                read_parameter(m, access, at[lane] as usize, 1 << lane);
+            }
+        }
     }
     Flow::Next
 }
 
-/// `ld.param` through a register: access `ext`, base `a` (64-bit if `c`), offset `imm`. A lane's address counts from
-/// the first parameter.
-///
-/// # Safety
-/// See [`crate::program::Handler`].
-pub unsafe fn parameter_at(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
-    let access = m.kernel.accesses[i.ext as usize].clone();
-    // SAFETY: the slot comes from the decoder, which knows its width.
-    let at = unsafe { addresses(m, i.a, i.c != 0, i.imm) };
-    let (len, limit) = (access.bytes * access.count, m.shape.params.len() as u64);
-    for lane in lanes(mask) {
+#[cold]
+#[inline(never)]
+fn outside_parameters(m: &mut Machine, i: &Inst, request: &Request) -> Flow {
+    let (at, len, limit) = (&request.at, u64::from(request.len), m.shape.params.len() as u64);
+    for lane in lanes(request.mask) {
         let text = || format!("load of {len} bytes at {} of {limit} bytes of parameters", at[lane] as i64);
-        if at[lane].checked_add(u64::from(len)).is_none_or(|end| end > limit) {
+        if at[lane].checked_add(len).is_none_or(|end| end > limit) {
             return m.fail(Kind::OutOfBounds, Fault::IllegalAddress, i, lane as u32, text());
         }
-        if !at[lane].is_multiple_of(u64::from(len)) {
+        if !at[lane].is_multiple_of(len) {
             return m.fail(Kind::Misaligned, Fault::Misaligned, i, lane as u32, text());
         }
     }
-    for e in 0..access.count as usize {
-        let values: [u64; 32] = std::array::from_fn(|lane| match mask >> lane & 1 {
-            0 => 0,
-            _ => parameter_value(m, &access, at[lane] as usize + e * access.bytes as usize),
-        });
-        // SAFETY: as above.
-        unsafe { put(m, &access, e, mask, |lane| values[lane]) };
-    }
     Flow::Next
 }
 
+/// Reads the elements from byte `from` of the parameters into the registers of the lanes in `mask`.
+///
+/// # Safety
+/// The access must be the running kernel's.
+#[inline(always)]
+unsafe fn read_parameter(m: &Machine, access: &Access, from: usize, mask: u32) {
+    for e in 0..access.count as usize {
+        if access.slots[e] == crate::program::SINK {
+            continue;
+        }
+        let value = parameter_value(m, access, from + e * access.bytes as usize);
+        // SAFETY: the slot comes from the decoder, which knows its width.
+        unsafe {
+            let slot = m.slot(access.slots[e]);
+            if access.wide {
+                splat(slot.cast::<u64>(), mask, value);
+            } else {
+                splat(slot, mask, value as u32);
+            }
+        }
+    }
+}
+
 /// One element at `from` of the launch's parameters.
+#[inline(always)]
 fn parameter_value(m: &Machine, access: &Access, from: usize) -> u64 {
     let bytes = access.bytes as usize;
     let mut raw = [0u8; 8];
@@ -150,25 +203,4 @@ fn parameter_value(m: &Machine, access: &Access, from: usize) -> u64 {
     let value = u64::from_le_bytes(raw);
     let shift = 64 - 8 * access.bytes;
     if access.signed { ((value << shift) as i64 >> shift) as u64 } else { value }
-}
-
-/// Puts element `e` of an access into its register.
-///
-/// # Safety
-/// The access must be the running kernel's.
-unsafe fn put(m: &Machine, access: &Access, e: usize, mask: u32, value: impl Fn(usize) -> u64) {
-    if access.slots[e] == crate::program::SINK {
-        return;
-    }
-    // SAFETY: the slot comes from the decoder, which knows its width.
-    unsafe {
-        let dst = m.slot(access.slots[e]);
-        for lane in lanes(mask) {
-            if access.wide {
-                *dst.cast::<u64>().add(lane) = value(lane);
-            } else {
-                *dst.add(lane) = value(lane) as u32;
-            }
-        }
-    }
 }

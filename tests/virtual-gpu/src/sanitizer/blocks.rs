@@ -3,8 +3,10 @@
 //! fence) on one address, with block barriers carrying the order to other warps. Atomics do not conflict among
 //! themselves.
 //!
-//! A sector is tracked as one as long as every access to it covers the same bytes, byte by byte afterwards.
+//! A sector is tracked as one as long as every access to it covers the same bytes, by groups of bytes with one
+//! history afterwards.
 
+use crate::zeroed::Zero;
 use std::collections::HashMap;
 
 /// How memory is accessed.
@@ -40,23 +42,88 @@ struct Cell {
     other_reader: When,
 }
 
-/// What the running launch did to a sector.
+/// What the running launch did to a sector, in short: enough as long as one block reads it, always the same bytes
+/// and between the same two steps of its clock. Most sectors of most launches get no further.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct SectorState {
+pub struct Sector {
+    /// Launch times four, and bits for the kinds of traffic seen.
+    tag: u32,
+    /// The bytes that the block below has read since then: reading them again changes nothing as long as nobody
+    /// writes.
+    bytes: u32,
+    /// The block that read here last (plus one); 0 for none in this launch, [`WRITTEN`] after a write.
+    block: u32,
+    /// When that block read.
+    time: u32,
+}
+
+// SAFETY: numbers only.
+unsafe impl Zero for Sector {}
+
+/// In the place of a block: the last to come here wrote. No launch has as many blocks.
+const WRITTEN: u32 = u32::MAX;
+
+/// A block and its time, as a [`Sector`] keeps them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reader {
+    block: u32,
+    time: u32,
+}
+
+impl Sector {
+    /// Forgets what an earlier launch did. Launches count from 1 and stay below 2^30.
+    #[inline(always)]
+    pub fn open(&mut self, launch: u32) {
+        if self.tag >> 2 != launch {
+            *self = Sector { tag: launch << 2, ..Sector::default() };
+        }
+    }
+
+    /// Marks a kind of traffic, 0 or 1; true the first time in the open launch.
+    #[inline(always)]
+    pub fn touch(&mut self, kind: u32) -> bool {
+        let first = self.tag >> kind & 1 == 0;
+        self.tag |= 1 << kind;
+        first
+    }
+
+    /// Whether a plain read needs no more than this record: the first access of the launch, or one that was here
+    /// before. Otherwise [`Conflicts::access`] must look at it.
+    #[inline(always)]
+    pub fn reads(&mut self, bytes: u32, reader: Reader) -> bool {
+        if self.block == 0 {
+            (self.bytes, self.block, self.time) = (bytes, reader.block, reader.time);
+            return true;
+        }
+        self.block == reader.block && self.time == reader.time && bytes & !self.bytes == 0
+    }
+}
+
+/// All that the running launch did to a sector, kept from the first access on that [`Sector`] can't tell.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct History {
     launch: u32,
     mask: u32,
     cell: Cell,
-    /// Index plus one in [`Conflicts::split`].
-    split: u32,
-    /// The block that read here last, at which clock, and the bytes it has read since then: reading them again
-    /// changes nothing as long as nobody writes.
-    again: (u32, u32, u32),
+    /// The first of its parts: an index plus one in [`Conflicts::parts`], once its bytes have different histories.
+    parts: u32,
 }
 
-/// Byte-wise histories of one launch.
+// SAFETY: numbers, and a bool, of which zero is false.
+unsafe impl Zero for History {}
+
+/// Bytes of a sector that have one history.
+struct Part {
+    mask: u32,
+    cell: Cell,
+    /// The next part of the sector, an index plus one.
+    next: u32,
+}
+
+/// The histories of one launch that are finer than sectors, and what was released.
 #[derive(Default)]
 pub struct Conflicts {
-    split: Vec<[Cell; 32]>,
+    parts: Vec<Part>,
     order: HashMap<u64, View>,
 }
 
@@ -117,6 +184,18 @@ impl BlockOrder {
         When { block: self.block, stamp: self.clock << 6 | warp as u32 }
     }
 
+    /// Now, as [`Sector`] keeps it. Where nothing orders blocks, the warp makes no difference.
+    #[inline(always)]
+    pub fn reader(&self, warp: usize) -> Reader {
+        let When { block, stamp } = self.now(warp);
+        Reader { block, time: if self.exact { stamp } else { stamp >> 6 } }
+    }
+
+    /// When a [`Reader`] of any block of the launch read.
+    fn when(&self, Reader { block, time }: Reader) -> When {
+        When { block, stamp: if self.exact { time } else { time << 6 } }
+    }
+
     /// A block barrier.
     pub fn barrier(&mut self) {
         self.clock += 1;
@@ -167,62 +246,93 @@ impl Conflicts {
     }
 
     /// Notes an access to the bytes `mask` of a sector in `launch`; the block it conflicts with, if any.
-    #[inline(always)]
     pub fn access(
         &mut self,
-        state: &mut SectorState,
+        (sector, history): (&mut Sector, &mut History),
         launch: u32,
         mask: u32,
         order: &BlockOrder,
         warp: usize,
         how: Use,
     ) -> Option<u32> {
-        if state.launch != launch {
-            *state = SectorState { launch, mask, ..SectorState::default() };
+        if history.launch != launch {
+            // So far there was nothing, or reads of the same bytes by one block at one time.
+            let cell = Cell {
+                reader: order.when(Reader { block: sector.block, time: sector.time }),
+                ..Cell::default()
+            };
+            *history = if sector.block == 0 {
+                History { launch, mask, ..History::default() }
+            } else {
+                History { launch, mask: sector.bytes, cell, parts: 0 }
+            };
         }
         if how == Use::Read {
-            let now = order.now(warp);
-            let stamp = if order.exact { now.stamp } else { now.stamp >> 6 };
-            let (block, at, bytes) = state.again;
-            if block == now.block && at == stamp {
-                if mask & !bytes == 0 {
+            let now = order.reader(warp);
+            if sector.block == now.block && sector.time == now.time {
+                if mask & !sector.bytes == 0 {
                     return None;
                 }
-                state.again.2 |= mask;
+                sector.bytes |= mask;
             } else {
-                state.again = (now.block, stamp, mask);
+                (sector.bytes, sector.block, sector.time) = (mask, now.block, now.time);
             }
         } else {
-            state.again.0 = 0;
+            sector.block = WRITTEN;
         }
-        if state.split == 0 && state.mask == mask {
-            return state.cell.access(order, warp, how);
+        if history.parts == 0 && history.mask == mask {
+            return history.cell.access(order, warp, how);
         }
-        self.by_byte(state, mask, order, warp, how)
+        self.by_part(history, mask, order, warp, how)
     }
 
+    /// An access to a sector whose bytes have different histories, or get them now: each part of them is either
+    /// accessed as a whole or not at all, so that a part that the access cuts becomes two.
     #[inline(never)]
-    fn by_byte(
+    fn by_part(
         &mut self,
-        state: &mut SectorState,
+        history: &mut History,
         mask: u32,
         order: &BlockOrder,
         warp: usize,
         how: Use,
     ) -> Option<u32> {
-        if state.split == 0 {
-            let cell = |byte: usize| if state.mask >> byte & 1 == 1 { state.cell } else { Cell::default() };
-            self.split.push(std::array::from_fn(cell));
-            state.split = self.split.len() as u32;
+        if history.parts == 0 {
+            self.parts.push(Part { mask: history.mask, cell: history.cell, next: 0 });
+            history.parts = self.parts.len() as u32;
         }
-        let cells = &mut self.split[state.split as usize - 1];
-        let mut found = None;
-        let mut left = mask;
-        while left != 0 {
-            found = found.or(cells[left.trailing_zeros() as usize].access(order, warp, how));
-            left &= left - 1;
+        // The conflict of the lowest byte that has one.
+        let mut found: Option<(u32, u32)> = None;
+        let mut note = |bytes: u32, conflict: Option<u32>| {
+            let byte = bytes.trailing_zeros();
+            if let Some(other) = conflict.filter(|_| found.is_none_or(|(lowest, _)| byte < lowest)) {
+                found = Some((byte, other));
+            }
+        };
+        let (mut left, mut at) = (mask, history.parts);
+        while at != 0 && left != 0 {
+            let new = self.parts.len() as u32 + 1;
+            let part = &mut self.parts[at as usize - 1];
+            let (common, rest) = (part.mask & left, part.mask & !left);
+            at = part.next;
+            if common == 0 {
+                continue;
+            }
+            let before = part.cell;
+            note(common, part.cell.access(order, warp, how));
+            left &= !common;
+            if rest != 0 {
+                (part.mask, part.next) = (common, new);
+                self.parts.push(Part { mask: rest, cell: before, next: at });
+            }
         }
-        found
+        if left != 0 {
+            let mut cell = Cell::default();
+            note(left, cell.access(order, warp, how));
+            self.parts.push(Part { mask: left, cell, next: history.parts });
+            history.parts = self.parts.len() as u32;
+        }
+        found.map(|(_, other)| other)
     }
 }
 

@@ -4,38 +4,87 @@
 //! Words of four bytes are tracked as one as long as all accesses are whole words, and byte by byte from the
 //! first smaller access on.
 
-/// When and by whom an access was made.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Stamp {
-    /// Barrier phases of the launch, counted over all blocks, so that a new block starts in a new phase.
-    pub phase: u32,
-    /// Warp barriers that the thread's warp has passed.
-    pub warp_phase: u32,
-    /// Thread in the block, or `MANY_IN_WARP` and a warp, or `MANY`.
-    pub who: u16,
-    /// Whether the access was an atomic.
-    pub atomic: bool,
+use crate::byteset::ByteSet;
+use crate::exec::address::{Pattern, Request, lanes};
+
+/// When and by whom an access was made, in one number. From the top: the barrier phase of the launch (32 bits,
+/// counted over all blocks, so that a new block starts in a new phase), the warp barriers that the thread's warp
+/// has passed in it (19 bits), whether the access was an atomic, who it was (12 bits): a thread of the block, or
+/// [`WARP`] and a warp, or [`MANY`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stamp(u64);
+
+const WHO: u64 = 0xfff;
+/// Several threads of one warp.
+const WARP: u64 = 0x400;
+/// Threads of several warps.
+const MANY: u64 = 0x800;
+const ATOMIC: u64 = 1 << 12;
+const BARRIERS: u64 = (MAX_WARP_PHASE as u64) << 13;
+/// The most warp barriers that a stamp holds.
+pub const MAX_WARP_PHASE: u32 = (1 << 19) - 1;
+
+impl Stamp {
+    /// An access of `thread`, below 1024, in block phase `phase` after `warp_phase` warp barriers.
+    #[inline(always)]
+    pub fn new(phase: u32, warp_phase: u32, thread: u32) -> Self {
+        debug_assert!(thread < 1024 && warp_phase <= MAX_WARP_PHASE);
+        Stamp(u64::from(phase) << 32 | u64::from(warp_phase) << 13 | u64::from(thread))
+    }
+
+    /// The same for the thread `lane` lanes on.
+    #[inline(always)]
+    pub fn lane(self, lane: usize) -> Self {
+        Stamp(self.0 + lane as u64)
+    }
+
+    #[inline(always)]
+    fn who(self) -> u64 {
+        self.0 & WHO
+    }
+
+    /// The warp of the access; none that exists for [`MANY`].
+    #[inline(always)]
+    fn warp(self) -> u64 {
+        let who = self.who();
+        if who < WARP { who >> 5 } else { who - WARP }
+    }
+
+    /// Whether both are of one block phase.
+    #[inline(always)]
+    fn meets(self, other: Stamp) -> bool {
+        (self.0 ^ other.0) >> 32 == 0
+    }
+
+    /// The thread, if it was one.
+    fn thread(self) -> Option<u32> {
+        (self.who() < WARP).then_some(self.who() as u32)
+    }
+
+    /// Whether it is of another phase, or by the same thread: nothing that a later access has to keep.
+    #[inline(always)]
+    fn settled(self, now: Stamp) -> bool {
+        !self.meets(now) | ((self.0 ^ now.0) & WHO == 0)
+    }
 }
 
-const MANY: u16 = 0xffff;
-const MANY_IN_WARP: u16 = 0x8000;
-
-#[derive(Debug, Clone, Copy, Default)]
-struct Cell {
-    write: Stamp,
-    read: Stamp,
-    split: bool,
+/// Whether an access is ordered before one at `now`: it is of an earlier phase, by the same thread, or by the same
+/// warp and before its latest barrier.
+#[inline(always)]
+fn ordered(before: Stamp, now: Stamp) -> bool {
+    let earlier = (before.0 ^ now.0) & BARRIERS != 0;
+    before.settled(now) | ((before.warp() == now.warp()) & earlier)
 }
 
 /// What an access met.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Race {
     /// A read after a write.
-    ReadAfterWrite(u16),
+    ReadAfterWrite(u32),
     /// A write after a write.
-    WriteAfterWrite(u16),
+    WriteAfterWrite(u32),
     /// A write after a read; the reader, if it was one thread.
-    WriteAfterRead(Option<u16>),
+    WriteAfterRead(Option<u32>),
 }
 
 /// How memory is accessed.
@@ -52,104 +101,248 @@ pub enum Use {
 /// The history of a block's shared memory. It outlives the block: stamps of earlier blocks never match.
 #[derive(Debug, Default)]
 pub struct SharedHistory {
-    words: Vec<Cell>,
-    bytes: Vec<Cell>,
+    words: Cells,
+    /// Empty until a word is split.
+    bytes: Cells,
+    split: ByteSet,
+    any_split: bool,
+}
+
+/// The last write and the last reads of each word or byte.
+#[derive(Debug, Default)]
+struct Cells {
+    writes: Vec<Stamp>,
+    reads: Vec<Stamp>,
 }
 
 impl SharedHistory {
     /// For `size` bytes.
     pub fn new(size: usize) -> Self {
-        SharedHistory { words: vec![Cell::default(); size.div_ceil(4)], bytes: Vec::new() }
+        let words = size.div_ceil(4);
+        SharedHistory {
+            words: Cells::new(words),
+            bytes: Cells::default(),
+            split: ByteSet::new(words),
+            any_split: false,
+        }
     }
 
     /// Notes an access of `len` bytes at `offset`, inside the memory, and says whether it races.
     #[inline(always)]
-    pub fn access(&mut self, offset: usize, len: usize, stamp: Stamp, how: Use) -> Option<Race> {
+    pub fn access(&mut self, offset: usize, len: usize, now: Stamp, how: Use) -> Option<Race> {
         let mut found = None;
         if (offset | len) & 3 == 0 {
             for word in offset / 4..(offset + len) / 4 {
-                if self.words[word].split {
-                    found = found.or(self.by_byte(word * 4, 4, stamp, how));
+                if self.any_split && self.split.covers(word, 1) {
+                    found = found.or(self.by_byte(word * 4, 4, now, how));
                 } else {
-                    found = found.or(self.words[word].access(stamp, how));
+                    found = found.or(self.words.access(word, now, how));
                 }
             }
             return found;
         }
-        self.by_byte(offset, len, stamp, how)
+        self.by_byte(offset, len, now, how)
+    }
+
+    /// Notes the accesses of a warp if it is plain that none of them races; false if it is not, and then nothing is
+    /// noted: each lane must go through [`SharedHistory::access`]. `now` is the stamp of lane 0.
+    ///
+    /// What it notes is what `access` would. An access is plain if the word's last write (for a write also its last
+    /// reads) is ordered before it, which is when `access` finds no race; and no lane of the warp changes what
+    /// another finds: reads leave the writes alone, and lanes that write have words of their own.
+    #[inline(always)]
+    pub fn plain(&mut self, request: &Request, now: Stamp, how: Use) -> bool {
+        let (first, len) = (request.first() as usize, request.len as usize);
+        if (first | len) & 3 != 0 {
+            return false;
+        }
+        let count = len / 4;
+        match request.pattern {
+            Pattern::Run if !self.splits(first, 32 * len) => match count {
+                1 => self.words.plain_run::<1>(first / 4, now, how),
+                2 => self.words.plain_run::<2>(first / 4, now, how),
+                4 => self.words.plain_run::<4>(first / 4, now, how),
+                _ => false,
+            },
+            Pattern::Same if !self.splits(first, len) => {
+                let one = request.mask.trailing_zeros();
+                let rest = request.mask & (request.mask - 1);
+                if rest == 0 {
+                    return self.words.plain(first / 4, count, now.lane(one as usize), how);
+                }
+                let words = first / 4..first / 4 + count;
+                let plain =
+                    |&w: &Stamp| !w.meets(now) || lanes(request.mask).all(|lane| ordered(w, now.lane(lane)));
+                if how != Use::Read || !self.words.writes[words.clone()].iter().all(plain) {
+                    return false;
+                }
+                // Two lanes that read make several readers of this warp, and more change nothing.
+                let (now, other) = (now.lane(one as usize), now.lane(rest.trailing_zeros() as usize));
+                for read in &mut self.words.reads[words] {
+                    *read = merge(merge(*read, now), other);
+                }
+                true
+            }
+            Pattern::Other if how == Use::Read || request.apart() => {
+                let word = |lane: usize| request.at[lane] as usize / 4;
+                let all = |lane: usize| {
+                    !self.splits(word(lane) * 4, len)
+                        && self.words.is_plain(word(lane), count, now.lane(lane), how)
+                };
+                if !lanes(request.mask).all(all) {
+                    return false;
+                }
+                for lane in lanes(request.mask) {
+                    self.words.note(word(lane), count, now.lane(lane), how);
+                }
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether any word of the range is tracked byte by byte.
+    #[inline(always)]
+    fn splits(&self, offset: usize, len: usize) -> bool {
+        self.any_split && self.split.meets(offset / 4, len / 4)
+    }
+
+    /// Makes all stamps of `warp` in `phase` those of a time before its first warp barrier, because its count of
+    /// them starts again from 1. They were all before the latest barrier, so their order to what comes is the same.
+    pub fn restart(&mut self, phase: u32, warp: u32) {
+        let phase = Stamp::new(phase, 0, 0);
+        for cells in [&mut self.words, &mut self.bytes] {
+            for stamp in cells.writes.iter_mut().chain(&mut cells.reads) {
+                if stamp.meets(phase) && stamp.warp() == u64::from(warp) {
+                    stamp.0 &= !BARRIERS;
+                }
+            }
+        }
     }
 
     #[inline(never)]
-    fn by_byte(&mut self, offset: usize, len: usize, stamp: Stamp, how: Use) -> Option<Race> {
-        if self.bytes.is_empty() {
-            self.bytes = vec![Cell::default(); self.words.len() * 4];
+    fn by_byte(&mut self, offset: usize, len: usize, now: Stamp, how: Use) -> Option<Race> {
+        if !self.any_split {
+            self.any_split = true;
+            self.bytes = Cells::new(self.words.writes.len() * 4);
         }
         let mut found = None;
         for byte in offset..offset + len {
-            let word = &mut self.words[byte / 4];
-            if !word.split {
-                word.split = true;
-                let copy = *word;
-                self.bytes[byte / 4 * 4..][..4].fill(copy);
+            let word = byte / 4;
+            if !self.split.covers(word, 1) {
+                self.split.insert(word, 1);
+                self.bytes.writes[word * 4..][..4].fill(self.words.writes[word]);
+                self.bytes.reads[word * 4..][..4].fill(self.words.reads[word]);
             }
-            found = found.or(self.bytes[byte].access(stamp, how));
+            found = found.or(self.bytes.access(byte, now, how));
         }
         found
     }
 }
 
-impl Cell {
+impl Cells {
+    fn new(count: usize) -> Self {
+        Cells { writes: vec![Stamp::default(); count], reads: vec![Stamp::default(); count] }
+    }
+
+    /// [`SharedHistory::plain`] for `count` words from `n` of one thread; it notes nothing.
     #[inline(always)]
-    fn access(&mut self, now: Stamp, how: Use) -> Option<Race> {
-        let both_atomic = how == Use::Atomic && self.write.atomic;
-        let after_write = !both_atomic && self.write.phase == now.phase && unordered(self.write, now);
+    fn is_plain(&self, n: usize, count: usize, now: Stamp, how: Use) -> bool {
+        self.writes[n..n + count].iter().all(|&w| ordered(w, now))
+            && (how == Use::Read || self.reads[n..n + count].iter().all(|&r| ordered(r, now)))
+    }
+
+    #[inline(always)]
+    fn note(&mut self, n: usize, count: usize, now: Stamp, how: Use) {
+        if how == Use::Read {
+            for read in &mut self.reads[n..n + count] {
+                *read = merge(*read, now);
+            }
+        } else {
+            self.writes[n..n + count].fill(now);
+        }
+    }
+
+    #[inline(always)]
+    fn plain(&mut self, n: usize, count: usize, now: Stamp, how: Use) -> bool {
+        let plain = self.is_plain(n, count, now, how);
+        if plain {
+            self.note(n, count, now, how);
+        }
+        plain
+    }
+
+    /// The same for a run of 32 lanes, `COUNT` words each.
+    #[inline(always)]
+    fn plain_run<const COUNT: usize>(&mut self, n: usize, now: Stamp, how: Use) -> bool {
+        let writes = &mut self.writes[n..n + 32 * COUNT];
+        let reads = &mut self.reads[n..n + 32 * COUNT];
+        let plain_of = |stamps: &[Stamp]| {
+            // Most are settled, which costs less to ask.
+            let mut settled = true;
+            for (k, stamp) in stamps.iter().enumerate() {
+                settled &= stamp.settled(now.lane(k / COUNT));
+            }
+            settled || stamps.iter().enumerate().all(|(k, &stamp)| ordered(stamp, now.lane(k / COUNT)))
+        };
+        let plain = plain_of(writes);
+        if how == Use::Read {
+            if plain {
+                for (k, read) in reads.iter_mut().enumerate() {
+                    *read = merge(*read, now.lane(k / COUNT));
+                }
+            }
+            return plain;
+        }
+        let plain = plain && plain_of(reads);
+        if plain {
+            for (k, write) in writes.iter_mut().enumerate() {
+                *write = now.lane(k / COUNT);
+            }
+        }
+        plain
+    }
+
+    #[inline(always)]
+    fn access(&mut self, n: usize, now: Stamp, how: Use) -> Option<Race> {
+        let (write, read) = (self.writes[n], self.reads[n]);
+        let both_atomic = how == Use::Atomic && write.0 & ATOMIC != 0;
+        let after_write = !both_atomic && !ordered(write, now);
         let mut race = None;
         if how == Use::Read {
             if after_write {
-                race = Some(Race::ReadAfterWrite(self.write.who));
+                race = Some(Race::ReadAfterWrite(write.who() as u32));
             }
-            self.read = merge(self.read, now);
+            self.reads[n] = merge(read, now);
             return race;
         }
         if after_write {
-            race = Some(Race::WriteAfterWrite(self.write.who));
-        } else if self.read.phase == now.phase && unordered(self.read, now) {
-            race = Some(Race::WriteAfterRead((self.read.who < MANY_IN_WARP).then_some(self.read.who)));
+            race = Some(Race::WriteAfterWrite(write.who() as u32));
+        } else if !ordered(read, now) {
+            race = Some(Race::WriteAfterRead(read.thread()));
         }
-        self.write = now;
-        self.write.atomic = how == Use::Atomic;
+        self.writes[n] = if how == Use::Atomic { Stamp(now.0 | ATOMIC) } else { now };
         race
     }
-}
-
-/// Whether an access of the same block phase is not ordered before `now`.
-#[inline(always)]
-fn unordered(before: Stamp, now: Stamp) -> bool {
-    if before.who == now.who {
-        return false;
-    }
-    let warp = if before.who >= MANY_IN_WARP { before.who & 0x7fff } else { before.who / 32 };
-    warp != now.who / 32 || before.warp_phase == now.warp_phase
 }
 
 /// Both readers in one stamp: the later phase wins, several threads become "many".
 #[inline(always)]
 fn merge(old: Stamp, now: Stamp) -> Stamp {
     // What is ordered before `now` is ordered before whatever is ordered after `now`.
-    if old.phase != now.phase || !unordered(old, now) {
+    if ordered(old, now) {
         return now;
     }
-    let old_warp = if old.who >= MANY_IN_WARP { old.who & 0x7fff } else { old.who / 32 };
-    let who = if old_warp == now.who / 32 { MANY_IN_WARP | old_warp } else { MANY };
-    Stamp { who, ..now }
+    let who = if old.warp() == now.warp() { WARP | now.warp() } else { MANY };
+    Stamp(now.0 & !WHO | who)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn at(who: u16, phase: u32, warp_phase: u32) -> Stamp {
-        Stamp { phase, warp_phase, who, atomic: false }
+    fn at(who: u32, phase: u32, warp_phase: u32) -> Stamp {
+        Stamp::new(phase, warp_phase, who)
     }
 
     #[test]
@@ -185,14 +378,14 @@ mod tests {
     #[test]
     fn a_reader_before_a_warp_barrier_is_no_reader_after_it() {
         let mut h = SharedHistory::new(64);
-        assert_eq!(h.access(0, 4, at(1, 1, 0), Use::Read), None);
-        assert_eq!(h.access(0, 4, at(2, 1, 1), Use::Read), None);
-        assert_eq!(h.access(0, 4, at(2, 1, 1), Use::Write), None);
-        assert_eq!(h.access(0, 4, at(3, 1, 1), Use::Write), Some(Race::WriteAfterWrite(2)));
+        assert_eq!(h.access(0, 4, at(1, 1, 1), Use::Read), None);
+        assert_eq!(h.access(0, 4, at(2, 1, 2), Use::Read), None);
+        assert_eq!(h.access(0, 4, at(2, 1, 2), Use::Write), None);
+        assert_eq!(h.access(0, 4, at(3, 1, 2), Use::Write), Some(Race::WriteAfterWrite(2)));
         // Of another warp, no warp barrier orders them.
-        assert_eq!(h.access(4, 4, at(1, 1, 0), Use::Read), None);
-        assert_eq!(h.access(4, 4, at(2, 1, 1), Use::Read), None);
-        assert_eq!(h.access(4, 4, at(40, 1, 1), Use::Write), Some(Race::WriteAfterRead(Some(2))));
+        assert_eq!(h.access(4, 4, at(1, 1, 1), Use::Read), None);
+        assert_eq!(h.access(4, 4, at(2, 1, 2), Use::Read), None);
+        assert_eq!(h.access(4, 4, at(40, 1, 2), Use::Write), Some(Race::WriteAfterRead(Some(2))));
     }
 
     #[test]
