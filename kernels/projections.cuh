@@ -1,11 +1,12 @@
 // The projections. `Multiply` is how they are computed: Gemv<T, M> in a decoding step, for up to M = 16 rows a set, of
 // which the rest here speaks; Gemm<T> for many rows (gemm_projections.cuh).
 //
-// grid   (min(tiles, what the GPU runs at once), 1, sets) × 256 threads; a tile is 8 warps of 4 outputs
-// bytes  every weight once for all rows: n · cols · size of T; x comes from the L2 cache, once a block
+// grid   (min(tiles, what the GPU runs at once) + producers, 1, sets) × 256 threads; a tile is 8 warps of 4 outputs
+// bytes  every weight once for all rows: n · cols · size of T; x comes from the L2 cache, once a block; with producers
+//        (lora.cuh) A of each row's adapter
 // bound  memory bandwidth
 // needs  rows of a set − skip ≤ M, or the rest is left for the next launch; rows of W and x 16-byte aligned, zero
-//        between cols and stride; shared memory for `chunk` panels of M rows
+//        between cols and stride; shared memory for `chunk` panels of M rows; with producers `progress` zero and `rows` null
 #pragma once
 
 #include "gemv.cuh"

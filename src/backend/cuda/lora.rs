@@ -56,6 +56,9 @@ pub(crate) struct DeviceAdapters {
     /// Numbers from one adapter to the next.
     len: usize,
     arena: Buffer<f32>,
+    /// `(layers, stages, sets, 2)`: what projections that compute A x themselves count with; zero before each step.
+    progress: Buffer<u32>,
+    sets: usize,
 }
 
 /// The largest rank of any update, with its padding; 0 where there is none.
@@ -67,7 +70,7 @@ pub(crate) fn rank_of<'a>(adapters: impl Iterator<Item = &'a LoraAdapter>) -> us
 }
 
 impl DeviceAdapters {
-    /// Copies `adapters` to the GPU; `None` where there are none.
+    /// Copies `adapters` to the GPU, for a group of `sets` sets; `None` where there are none.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) where they don't fit, [`Error::Cuda`](crate::Error::Cuda).
@@ -76,6 +79,7 @@ impl DeviceAdapters {
         stream: &Arc<CudaStream>,
         config: &LlamaConfig,
         adapters: &[&LoraAdapter],
+        sets: usize,
     ) -> Result<Option<Self>> {
         let rank = rank_of(adapters.iter().copied());
         if rank == 0 {
@@ -129,7 +133,8 @@ impl DeviceAdapters {
             }
             gpu.write(stream, &mut arena, index * len, &numbers)?;
         }
-        Ok(Some(Self { rank, places, len, arena }))
+        let progress = gpu.zeros(stream, places.len() * Stage::ALL.len() * sets * 2, "adapters")?;
+        Ok(Some(Self { rank, places, len, arena, progress, sets }))
     }
 
     /// A of a stage of adapter 0.
@@ -140,6 +145,17 @@ impl DeviceAdapters {
     /// B of a stage of adapter 0.
     pub(crate) fn b(&self, layer: usize, stage: Stage) -> u64 {
         self.address(self.places[layer][stage as usize].b)
+    }
+
+    /// What the launch of a stage counts with: `(sets, 2)`.
+    pub(crate) fn progress(&self, layer: usize, stage: Stage) -> u64 {
+        let launch = layer * Stage::ALL.len() + stage as usize;
+        self.progress.address() + (launch * self.sets * 2 * size_of::<u32>()) as u64
+    }
+
+    /// Where the counters of all launches lie, and how many they are.
+    pub(crate) fn counters(&self) -> (u64, usize) {
+        (self.progress.address(), self.progress.len())
     }
 
     fn address(&self, number: usize) -> u64 {
