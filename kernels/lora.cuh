@@ -1,8 +1,8 @@
 // Low-rank updates: y += B t with t = A x, A and B of each row's adapter. B t is an epilogue of the projections.
 //
 // With few rows a projection computes t itself, while it reads W. Its blocks take tickets: the first `producers` of each
-// set compute t, count that they are done, and end. The others multiply their tiles and wait for that count before
-// the epilogue, when it has long been there.
+// set compute t, count that they are done, and end. The others multiply their first tile, which takes longer, and wait for
+// that count before its epilogue.
 //
 // Tickets come in the order in which blocks begin. So whoever waits, waits for blocks that have begun, and those wait for
 // nobody: no number of blocks has to be on the GPU at once, whatever else runs there, and any order of blocks will do.
@@ -31,7 +31,7 @@ __device__ inline void lora_down(const Product& p, const float* norm, u32 row, u
     }
     sum = warp_sum(sum);
     if (norm) sum *= 1.0f / sqrtf(warp_sum(squares) / float(p.cols) + p.eps);
-    if (lane == 0) p.lora_t[(u64(row) * p.segments) * p.rank + j] = sum;
+    if (lane == 0) p.lora_t[u64(row) * p.segments * p.rank + j] = sum;
 }
 
 // The share of t of the producer with this ticket, by all threads of its block.
