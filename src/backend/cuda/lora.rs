@@ -69,6 +69,35 @@ pub(crate) fn rank_of<'a>(adapters: impl Iterator<Item = &'a LoraAdapter>) -> us
     rank.unwrap_or(0).next_multiple_of(ROW_ALIGNMENT)
 }
 
+/// Where A and B of every stage of every layer lie, and the numbers of an adapter.
+fn places(config: &LlamaConfig, rank: usize) -> (Vec<[Place; 4]>, usize) {
+    let mut len = 0;
+    let mut take = |numbers: usize| {
+        len += numbers;
+        len - numbers
+    };
+    let places = (0..config.num_hidden_layers)
+        .map(|_| {
+            Stage::ALL.map(|stage| {
+                let shapes = stage.projections().iter().map(|projection| projection.shape(config));
+                let outputs = shapes.clone().map(|(out, _)| out).sum::<usize>();
+                let inputs = shapes.map(|(_, input)| input).max().unwrap_or(0);
+                Place {
+                    a: take(stage.projections().len() * rank * stride(inputs)),
+                    b: take(outputs.next_multiple_of(ROW_ALIGNMENT) * rank),
+                }
+            })
+        })
+        .collect();
+    (places, len)
+}
+
+/// Bytes that `adapters` take on the GPU.
+pub(crate) fn bytes_of(config: &LlamaConfig, adapters: &[&LoraAdapter]) -> usize {
+    let rank = rank_of(adapters.iter().copied());
+    places(config, rank).1 * adapters.len() * size_of::<f32>()
+}
+
 impl DeviceAdapters {
     /// Copies `adapters` to the GPU, for a group of `sets` sets; `None` where there are none.
     ///
@@ -85,24 +114,7 @@ impl DeviceAdapters {
         if rank == 0 {
             return Ok(None);
         }
-        let mut len = 0;
-        let mut take = |numbers: usize| {
-            len += numbers;
-            len - numbers
-        };
-        let places: Vec<[Place; 4]> = (0..config.num_hidden_layers)
-            .map(|_| {
-                Stage::ALL.map(|stage| {
-                    let shapes = stage.projections().iter().map(|projection| projection.shape(config));
-                    let outputs = shapes.clone().map(|(out, _)| out).sum::<usize>();
-                    let inputs = shapes.map(|(_, input)| input).max().unwrap_or(0);
-                    Place {
-                        a: take(stage.projections().len() * rank * stride(inputs)),
-                        b: take(outputs.next_multiple_of(ROW_ALIGNMENT) * rank),
-                    }
-                })
-            })
-            .collect();
+        let (places, len) = places(config, rank);
         let mut arena = gpu.zeros::<f32>(stream, len * adapters.len(), "adapters")?;
         for (index, adapter) in adapters.iter().enumerate() {
             let mut numbers = vec![0.0; len];
