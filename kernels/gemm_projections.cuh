@@ -110,7 +110,7 @@ __device__ void split_rows(const SplitArgs& args) {
         *reinterpret_cast<uint2*>(to + p.stride + k) = *reinterpret_cast<const uint2*>(low);
     }
     if (threadIdx.x == 0) {
-        const float factor = norm ? down / sqrtf(squares / float(p.cols) + p.eps) : down;
+        const float factor = norm ? down / sqrtf(squares / float(p.cols) + norm[p.stride]) : down;
         *reinterpret_cast<float*>(to + 2 * p.stride) = factor;
     }
 }

@@ -178,7 +178,7 @@ struct Gemv {
             if (norm && threadIdx.x < M) {
                 float total = 0;
                 for (u32 panel = 0; panel < panels; panel++) total += shared.squares[threadIdx.x * panels + panel];
-                shared.scale[threadIdx.x] = 1.0f / sqrtf(total / float(p.cols) + p.eps);
+                shared.scale[threadIdx.x] = 1.0f / sqrtf(total / float(p.cols) + norm[p.stride]);
             }
             float* mine = shared.sums + warp * UNIT * M;
 #pragma unroll

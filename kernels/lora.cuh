@@ -30,7 +30,7 @@ __device__ inline void lora_down(const Product& p, const float* norm, u32 row, u
         sum = fmaf(w.x, v.x, fmaf(w.y, v.y, fmaf(w.z, v.z, fmaf(w.w, v.w, sum))));
     }
     sum = warp_sum(sum);
-    if (norm) sum *= 1.0f / sqrtf(warp_sum(squares) / float(p.cols) + p.eps);
+    if (norm) sum *= 1.0f / sqrtf(warp_sum(squares) / float(p.cols) + norm[p.stride]);
     if (lane == 0) p.lora_t[u64(row) * p.segments * p.rank + j] = sum;
 }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::buffers::{Buffers, Extent, Sizes};
+use super::buffers::{Buffers, Extent, Sizes, rotations};
 use super::device::{Gpu, Grid};
 use super::kernels::{
     EmbedArgs, IntoArgs, Kernels, LmHeadArgs, MOST_ROWS, Product, Projections, QkvArgs, SPLIT, SPLIT_WARPS,
@@ -65,8 +65,7 @@ pub(crate) struct Group {
     cache: Buffer<u8>,
     /// Bytes of one model's cache, and of one layer of it.
     cache_stride: (usize, usize),
-    cos: Buffer<f32>,
-    sin: Buffer<f32>,
+    angles: Angles,
     buffers: Buffers,
     plan: Plan,
     /// Of the last batch.
@@ -119,7 +118,11 @@ impl Group {
         let Some(&first) = members.models.first() else { return Ok(None) };
         let config = Arc::clone(&all[first].config);
         let stream = gpu.stream()?;
-        let sets: Vec<&LlamaWeights> = members.owners.iter().map(|&owner| &*all[owner].weights).collect();
+        let sets: Vec<(&LlamaWeights, f32)> = members
+            .owners
+            .iter()
+            .map(|&owner| (&*all[owner].weights, all[owner].config.rms_norm_eps))
+            .collect();
         let weights = DeviceWeights::upload(gpu, &stream, &config, &sets, ensemble.vocab_size(), progress)?;
         let lora: Vec<&LoraAdapter> =
             members.models.iter().filter_map(|&model| all[model].adapter.as_deref()).collect();
@@ -130,7 +133,7 @@ impl Group {
             Extent::of(ensemble, &members, limits);
         let model_bytes = layer_bytes * config.num_hidden_layers;
         let cache = gpu.zeros(&stream, model_bytes * members.models.len(), "the key-value cache")?;
-        let (cos, sin) = angles(gpu, &stream, &config, positions)?;
+        let angles = Angles::new(gpu, &stream, &rotations(ensemble, &members), positions)?;
         let rank = adapters.as_ref().map_or(0, |adapters| adapters.rank);
         let sizes = Sizes::new(&config, dtype, (capacity, positions, table_stride, rank));
         let buffers = Buffers::new(gpu, &stream, sizes)?;
@@ -145,8 +148,7 @@ impl Group {
             adapters,
             cache,
             cache_stride: (model_bytes, layer_bytes),
-            cos,
-            sin,
+            angles,
             buffers,
             plan: Plan::default(),
             rows: Vec::new(),
@@ -333,13 +335,14 @@ impl Group {
             product,
             queries: self.buffers.queries.address(),
             cache,
-            cos: self.cos.address(),
-            sin: self.sin.address(),
+            cos: self.angles.cos.address(),
+            sin: self.angles.sin.address(),
             position: lists.position,
             table: lists.table,
             model: lists.model,
             block_tables: self.buffers.tables.address(),
             model_stride: self.cache_stride.0 as u64,
+            angle_stride: self.angles.stride,
             query_stride: u32_of(stride(heads * head_dim)),
             table_stride: u32_of(self.table_stride),
             heads: u32_of(heads),
@@ -437,10 +440,9 @@ impl Group {
             chunk: 0,
             rank: lora.map_or(0, |(adapters, ..)| u32_of(adapters.rank)),
             segments: lora.map_or(0, |(.., stage)| u32_of(stage.projections().len())),
-            eps: self.config.rms_norm_eps,
+            producers: 0,
             lora_a: lora.map_or(0, |(adapters, layer, stage)| adapters.a(layer, stage)),
             progress: lora.map_or(0, |(adapters, layer, stage)| adapters.progress(layer, stage)),
-            producers: 0,
         }
     }
 
@@ -518,18 +520,32 @@ struct Input {
     norm: Option<usize>,
 }
 
-/// cos and sin of every position, `(positions, head_dim / 2)`: the same numbers as the CPU's.
-fn angles(
-    gpu: &Gpu,
-    stream: &Arc<CudaStream>,
-    config: &LlamaConfig,
-    positions: usize,
-) -> Result<(Buffer<f32>, Buffer<f32>)> {
-    let (rope, half) = (Rope::new(config), config.head_dim / 2);
-    let mut cos = vec![0.0; positions * half];
-    let mut sin = cos.clone();
-    for (position, (cos, sin)) in cos.chunks_mut(half.max(1)).zip(sin.chunks_mut(half.max(1))).enumerate() {
-        rope.cos_sin(position, cos, sin);
+/// cos and sin of every position, `(sets, positions, head_dim / 2)`: the same numbers as the CPU's.
+struct Angles {
+    cos: Buffer<f32>,
+    sin: Buffer<f32>,
+    /// Bytes from one set to the next; 0 where there is one table for all.
+    stride: u64,
+}
+
+impl Angles {
+    /// A table for each of `configs`.
+    fn new(gpu: &Gpu, stream: &Arc<CudaStream>, configs: &[&LlamaConfig], positions: usize) -> Result<Self> {
+        let (mut all_cos, mut all_sin) = (Vec::new(), Vec::new());
+        for config in configs {
+            let (rope, half) = (Rope::new(config), config.head_dim / 2);
+            for position in 0..positions {
+                let at = all_cos.len();
+                all_cos.resize(at + half, 0.0);
+                all_sin.resize(at + half, 0.0);
+                rope.cos_sin(position, &mut all_cos[at..], &mut all_sin[at..]);
+            }
+        }
+        let stride = if configs.len() > 1 { all_cos.len() / configs.len() * size_of::<f32>() } else { 0 };
+        Ok(Self {
+            cos: gpu.upload(stream, &all_cos, "rotary angles")?,
+            sin: gpu.upload(stream, &all_sin, "rotary angles")?,
+            stride: stride as u64,
+        })
     }
-    Ok((gpu.upload(stream, &cos, "rotary angles")?, gpu.upload(stream, &sin, "rotary angles")?))
 }

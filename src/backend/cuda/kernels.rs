@@ -75,10 +75,9 @@ pub(crate) struct Product {
     pub(crate) chunk: u32,
     pub(crate) rank: u32,
     pub(crate) segments: u32,
-    pub(crate) eps: f32,
+    pub(crate) producers: u32,
     pub(crate) lora_a: u64,
     pub(crate) progress: u64,
-    pub(crate) producers: u32,
 }
 
 impl Product {
@@ -109,6 +108,7 @@ pub(crate) struct QkvArgs {
     pub(crate) model: u64,
     pub(crate) block_tables: u64,
     pub(crate) model_stride: u64,
+    pub(crate) angle_stride: u64,
     pub(crate) query_stride: u32,
     pub(crate) table_stride: u32,
     pub(crate) heads: u32,

@@ -13,7 +13,10 @@ use crate::backend::cuda::weights::stride;
 use crate::weights::Dtype;
 
 const NO_ADAPTER: u32 = u32::MAX;
-const EPS: f32 = 1e-5;
+/// ε of a set; no two have the same, and none is too small to be seen.
+fn eps(set: usize) -> f32 {
+    1e-5 + set as f32
+}
 
 /// What a projection is given.
 #[derive(Clone, Copy, Debug)]
@@ -73,6 +76,7 @@ impl Problem {
                 arena.vector(&mut rng, n),
                 arena.vector(&mut rng, cols),
             );
+            arena.bytes.extend(eps(set).to_le_bytes());
             arena.end();
             if set == 0 {
                 places = [weights.0, biases.0, norms.0];
@@ -115,10 +119,9 @@ impl Problem {
             chunk: 0,
             rank: rank as u32,
             segments: segments as u32,
-            eps: EPS,
+            producers: 0,
             lora_a: f32s[1].address(),
             progress: u32s[2].address(),
-            producers: 0,
         };
         let _alive = (bytes, f32s, u32s);
         Self {
@@ -158,7 +161,8 @@ impl Problem {
             sum.add(x * f64::from(*w) * norm);
             squares += x * x;
         }
-        if self.norm { sum.times((squares / cols as f64 + f64::from(EPS)).sqrt().recip()) } else { sum }
+        let eps = f64::from(eps(self.set_of[row]));
+        if self.norm { sum.times((squares / cols as f64 + eps).sqrt().recip()) } else { sum }
     }
 
     fn lora(&self, row: usize) -> Option<&Lora> {
@@ -276,7 +280,8 @@ impl Problem {
             let factor = f64::from(split[width]);
             let x = &self.x[row as usize * cols..][..cols];
             let squares: f64 = x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
-            let scale = (squares / cols as f64 + f64::from(EPS)).sqrt().recip();
+            let eps = f64::from(eps(self.set_of[row as usize]));
+            let scale = (squares / cols as f64 + eps).sqrt().recip();
             let exact = |k: usize| match (x.get(k), self.norm) {
                 (None, _) => 0.0,
                 (Some(x), false) => f64::from(*x),

@@ -101,7 +101,9 @@ pub(super) fn qkv(bed: &Bed, case: Case, (heads, kv_heads, head_dim): Heads) -> 
     let outputs = (heads + 2 * kv_heads) * head_dim;
     let mut problem = Problem::new(bed, case, (outputs, 3, true));
     let (rows, half, models) = (problem.rows(), head_dim / 2, case.rows.len());
-    let angles: Vec<f32> = problem.rng.numbers(POSITIONS * half);
+    // Each set rotates by a table of its own.
+    let of_set = POSITIONS * half;
+    let angles: Vec<f32> = problem.rng.numbers(models * of_set);
     let [cos, sin] = [f32::cos, f32::sin].map(|f| angles.iter().map(|&x| f(x)).collect::<Vec<f32>>());
     // A block for each row, in no order; the rest of the tables names blocks that there aren't.
     let table_stride = POSITIONS / BLOCK_SIZE + 1;
@@ -132,6 +134,7 @@ pub(super) fn qkv(bed: &Bed, case: Case, (heads, kv_heads, head_dim): Heads) -> 
         model: lists[2].address(),
         block_tables: lists[3].address(),
         model_stride: (of_model * size_of::<f32>()) as u64,
+        angle_stride: (of_set * size_of::<f32>()) as u64,
         query_stride: query_stride as u32,
         table_stride: table_stride as u32,
         heads: heads as u32,
@@ -144,7 +147,7 @@ pub(super) fn qkv(bed: &Bed, case: Case, (heads, kv_heads, head_dim): Heads) -> 
         if segment == 2 {
             return y(i).rounded(problem.roundings());
         }
-        let angle = position[row] as usize * half + i % half;
+        let angle = problem.set_of[row] * of_set + position[row] as usize * half + i % half;
         let (c, s) = (f64::from(cos[angle]), f64::from(sin[angle]));
         let s = if i < half { -s } else { s };
         // A product and a sum more.
@@ -273,7 +276,13 @@ fn a_wrong_number_is_noticed() {
             assert_noticed("lm_head_bf16_4", PRODUCT + at, name, |bed| lm_head(bed, case, 111));
         }
     }
-    for (at, name) in [(208, "model_stride"), (216, "query_stride"), (220, "table_stride"), (224, "heads")] {
+    for (at, name) in [
+        (200, "model_stride"),
+        (208, "angle_stride"),
+        (216, "query_stride"),
+        (220, "table_stride"),
+        (224, "heads"),
+    ] {
         assert_noticed("qkv_bf16_4", at, name, |bed| qkv(bed, CASE, (3, 1, 10)));
     }
     for (at, name) in [(72, "set_stride"), (80, "lora_stride"), (228, "kv_heads"), (232, "head_dim")] {
@@ -288,7 +297,7 @@ fn a_wrong_number_is_noticed_on_tensor_cores() {
     for (at, name) in of_qkv.into_iter().chain([(224, "heads"), (228, "kv_heads"), (232, "head_dim")]) {
         assert_noticed("qkv_wide_bf16", at, name, |bed| qkv(bed, CASE, (3, 1, 10)));
     }
-    for (kernel, at, name) in [("residual_wide_bf16", 88, "n"), ("residual_wide_bf16", 152, "hidden_stride")]
+    for (kernel, at, name) in [("residual_wide_bf16", 88, "n"), ("residual_wide_bf16", 144, "hidden_stride")]
     {
         assert_noticed(kernel, at, name, |bed| residual(bed, CASE, 30));
     }
