@@ -7,15 +7,19 @@ struct EmbedArgs {
     const u32* set_first;  // (sets + 1,): rows of set z are set_first[z] .. set_first[z + 1]
     u64 set_stride;      // bytes from one set's table to the next
     u32 stride;          // hidden_size rounded up to 8; the padding of the table is zero
+    u32 counters;        // numbers in progress
+    u32* progress;       // (counters,): what the projections of this step count with, see lora.cuh
 };
 
-// hidden[row, :] = table[set of row][token[row], :] as f32
+// hidden[row, :] = table[set of row][token[row], :] as f32; progress = 0
 //
 // grid   (most rows of a set, 1, sets) × 128 threads; a block is a row
 // bytes  reads and writes one row each; bound by latency, it is a few microseconds at most
 // needs  token[row] < vocab_size; 16-byte aligned rows
 template <typename T>
 __device__ void embed(const EmbedArgs& args) {
+    const u32 block = blockIdx.z * gridDim.x + blockIdx.x, threads = gridDim.z * gridDim.x * blockDim.x;
+    for (u32 i = block * blockDim.x + threadIdx.x; i < args.counters; i += threads) args.progress[i] = 0;
     const u32 set = blockIdx.z;
     const u32 row = args.set_first[set] + blockIdx.x;
     if (row >= args.set_first[set + 1]) return;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "gemm.cuh"
+#include "lora.cuh"
 #include "projections.cuh"
 
 // queries, keys, values = x Wᵀ + b, rotated, to where qkv puts them
@@ -35,7 +36,7 @@ __device__ void lm_head_wide(const LmHeadArgs& args) {
 }
 
 struct SplitArgs {
-    Product product;  // x (rows, stride) f32, norm, set_first, rows, set_stride, cols, stride, eps; the rest isn't read
+    Product product;  // x is (rows, stride) f32; weights, bias and lora_b aren't read
     void* to;         // (indices, 2 · stride + 8) T: high, low, then the factor as one f32
 };
 
@@ -45,9 +46,13 @@ __device__ inline void narrow(float x, bf16& y) { y = __float2bfloat16_rn(x); }
 // (high + low) · factor = rms_norm(x[row]), or x[row] itself: high = T(y), low = T(y − high) with y = x · w · 2^s, and
 // factor = 2^−s / √(mean x² + ε); s brings the largest |y| of the row near 2¹⁴, so that no f16 is lost
 //
-// grid   (indices) × 128 threads; a block is a row
+// With adapters also lora_t[row, j] (lora.cuh), by blocks of their own.
+//
+// grid   (indices, 1 + ⌈segments · rank / 4⌉) × 128 threads; a block with y = 0 is a row, a warp of the others is an
+//        output of lora_t; without adapters (indices)
 // shared 32 bytes
-// bytes  reads x twice, 8 · cols, the second time from the L1 cache; writes 4 · cols
+// bytes  reads x twice, 8 · cols, the second time from the L1 cache; writes 4 · cols; A of the row's adapter, x once an
+//        output, from the L2 cache
 // bound  memory bandwidth, small beside the product
 // needs  no more blocks than set_first has rows; 16-byte aligned rows, zero between cols and stride
 template <typename T>
@@ -58,6 +63,11 @@ __device__ void split_rows(const SplitArgs& args) {
     u32 set = 0;
     while (index >= p.set_first[set + 1]) set++;
     const float* norm = p.norm ? advance(p.norm, set * p.set_stride) : nullptr;
+    if (blockIdx.y > 0) {
+        const u32 j = (blockIdx.y - 1) * 4 + warp;
+        if (j < p.segments * p.rank) lora_down(p, norm, row, j);
+        return;
+    }
     const float* x = static_cast<const float*>(p.x) + u64(row) * p.stride;
     const auto load = [&](u32 k, float& squares) {
         float4 v = *reinterpret_cast<const float4*>(x + k);
@@ -100,7 +110,7 @@ __device__ void split_rows(const SplitArgs& args) {
         *reinterpret_cast<uint2*>(to + p.stride + k) = *reinterpret_cast<const uint2*>(low);
     }
     if (threadIdx.x == 0) {
-        const float factor = norm ? down / sqrtf(squares / float(p.cols) + p.eps) : down;
+        const float factor = norm ? down / sqrtf(squares / float(p.cols) + norm[p.stride]) : down;
         *reinterpret_cast<float*>(to + 2 * p.stride) = factor;
     }
 }

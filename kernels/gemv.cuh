@@ -11,7 +11,7 @@
 // 1/√(mean x² + ε) multiplies the result.
 #pragma once
 
-#include "product.cuh"
+#include "lora.cuh"
 
 constexpr u32 GEMV_WARPS = 8;
 constexpr u32 PANEL = 256;           // columns that a warp reads at once
@@ -47,15 +47,17 @@ struct Piece<float> {
     static __device__ u32 place(u32 q) { return (q / 32) * PLANE + (q % 32) * 4; }
 };
 
-// Dynamic shared memory: staged rows (M, chunk, STAGED), squares (M, panels), scales (M,), sums (warps, M, outputs).
+// Dynamic shared memory: staged rows (M, chunk, STAGED), squares (M, panels), scales (M,), sums (warps, M, outputs), ticket.
 template <u32 M>
 struct Shared {
     float* staged;
     float* squares;
     float* scale;
     float* sums;
+    u32* ticket;
     __device__ Shared(float* memory, u32 chunk, u32 panels)
-        : staged(memory), squares(memory + M * chunk * STAGED), scale(squares + M * panels), sums(scale + M) {}
+        : staged(memory), squares(memory + M * chunk * STAGED), scale(squares + M * panels), sums(scale + M),
+          ticket(reinterpret_cast<u32*>(sums + GEMV_WARPS * UNIT * M)) {}
 };
 
 // Stages the panels first .. first + count of all rows, and sums the squares of each.
@@ -103,6 +105,8 @@ struct Gemv {
     static __device__ void run(const Product& p, u32 units, RowOf row_of, Segment segment, Finish finish) {
         extern __shared__ float4 memory[];
         const u32 set = blockIdx.z, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+        u32 ticket = 0;
+        if (p.producers && threadIdx.x == 0) ticket = atomicAdd(p.progress + 2 * set, 1);
         const Span span(p, set, p.skip, M);
         if (span.count == 0) return;
         const u32 panels = (p.stride + PANEL - 1) / PANEL;
@@ -114,7 +118,16 @@ struct Gemv {
         constexpr u32 AHEAD = M <= 4 ? 2 : 1;  // panels in flight
         bool staged = false;
 
-        for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const u32 blocks = gridDim.x - p.producers;
+        u32 tile = blockIdx.x;
+        if (p.producers) {
+            if (threadIdx.x == 0) *shared.ticket = ticket;
+            __syncthreads();
+            ticket = *shared.ticket;
+            if (ticket < p.producers) return produce(p, norm, set, ticket);
+            tile = ticket - p.producers;
+        }
+        for (; tile < tiles; tile += blocks) {
             const u32 unit = tile * GEMV_WARPS + warp;
             const T* row[UNIT];
 #pragma unroll
@@ -165,7 +178,7 @@ struct Gemv {
             if (norm && threadIdx.x < M) {
                 float total = 0;
                 for (u32 panel = 0; panel < panels; panel++) total += shared.squares[threadIdx.x * panels + panel];
-                shared.scale[threadIdx.x] = 1.0f / sqrtf(total / float(p.cols) + p.eps);
+                shared.scale[threadIdx.x] = 1.0f / sqrtf(total / float(p.cols) + norm[p.stride]);
             }
             float* mine = shared.sums + warp * UNIT * M;
 #pragma unroll
@@ -176,6 +189,7 @@ struct Gemv {
                     if (lane == 0) mine[m * UNIT + r] = sum;
                 }
             }
+            if (p.producers && tile < blocks && threadIdx.x == 0) await_producers(p, set);
             __syncthreads();
             // From here on the rows come one after another: unrolled, this part would be most of the code.
 #pragma unroll 1
@@ -192,7 +206,7 @@ struct Gemv {
                         const float* b = advance(p.lora_b, adapter * p.lora_stride) + u64(n) * p.rank;
                         const float* t = p.lora_t + (u64(x_row) * p.segments + segment(n)) * p.rank;
                         float delta = 0;
-                        for (u32 j = lane; j < p.rank; j += WARP) delta = fmaf(b[j], t[j], delta);
+                        for (u32 j = lane; j < p.rank; j += WARP) delta = fmaf(b[j], __ldcg(t + j), delta);
                         y[r] += warp_sum(delta);
                     }
                     if (bias) y[r] += bias[n];

@@ -12,11 +12,11 @@ struct Product {
     const void* x;             // (rows, stride) f32; for Gemm what split_rows made of it
     const void* weights;       // (n, stride) of set 0
     const float* bias;         // (n,) of set 0, or null
-    const float* norm;         // (cols,) of set 0, with zeros up to stride, or null: no RMSNorm; Gemm doesn't read it
+    const float* norm;         // (cols,) of set 0, zeros up to stride, then ε; or null: no RMSNorm; Gemm doesn't read it
     const u32* set_first;      // (sets + 1,): rows of set z are set_first[z] .. set_first[z + 1]
     const u32* rows;           // (rows,): which rows of x, or null: all of them, in order
     const float* lora_b;       // (n, rank) of adapter 0, scaled, or null: no adapters
-    const float* lora_t;       // (rows, segments · rank): A x of each row's adapter
+    float* lora_t;             // (rows, segments · rank): t = A x of each row's adapter
     const u32* adapter;        // (rows,): the adapter of each row, NO_ADAPTER for none
     u64 set_stride;            // bytes from one set to the next: weights, bias, norm
     u64 lora_stride;           // bytes from one adapter to the next
@@ -27,7 +27,9 @@ struct Product {
     u32 chunk;                 // Gemv: panels that fit shared memory at once
     u32 rank;                  // of the adapters, rounded up to 8
     u32 segments;              // projections that W stacks: lora_t has one part for each
-    float eps;                 // rms_norm_eps
+    u32 producers;             // Gemv: blocks of each set that compute lora_t; 0 where it is there
+    const float* lora_a;       // (segments · rank, stride) of adapter 0, for whoever computes lora_t
+    u32* progress;             // Gemv: (sets, 2): blocks that have begun, and producers that are done; zero before
 };
 
 // The rows of x that a block computes for one set.

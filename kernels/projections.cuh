@@ -1,11 +1,12 @@
 // The projections. `Multiply` is how they are computed: Gemv<T, M> in a decoding step, for up to M = 16 rows a set, of
 // which the rest here speaks; Gemm<T> for many rows (gemm_projections.cuh).
 //
-// grid   (min(tiles, what the GPU runs at once), 1, sets) × 256 threads; a tile is 8 warps of 4 outputs
-// bytes  every weight once for all rows: n · cols · size of T; x comes from the L2 cache, once a block
+// grid   (min(tiles, what the GPU runs at once) + producers, 1, sets) × 256 threads; a tile is 8 warps of 4 outputs
+// bytes  every weight once for all rows: n · cols · size of T; x comes from the L2 cache, once a block; with producers
+//        (lora.cuh) A of each row's adapter
 // bound  memory bandwidth
 // needs  rows of a set − skip ≤ M, or the rest is left for the next launch; rows of W and x 16-byte aligned, zero
-//        between cols and stride; shared memory for `chunk` panels of M rows
+//        between cols and stride; shared memory for `chunk` panels of M rows; with producers `progress` zero and `rows` null
 #pragma once
 
 #include "gemv.cuh"
@@ -14,13 +15,14 @@ struct QkvArgs {
     Product product;           // W is queries, keys, values: n = (heads + 2 · kv_heads) · head_dim
     float* queries;            // (rows, query_stride) f32: rotated queries
     float* cache;              // keys and values of this layer of model 0: (blocks, 2, kv_heads, 16, head_dim)
-    const float* cos;          // (positions, head_dim / 2) f32
-    const float* sin;          // (positions, head_dim / 2) f32
+    const float* cos;          // (positions, head_dim / 2) f32 of set 0
+    const float* sin;          // (positions, head_dim / 2) f32 of set 0
     const u32* position;       // (rows,)
     const u32* table;          // (rows,): row of block_tables
     const u32* model;          // (rows,)
     const u32* block_tables;   // (tables, table_stride)
     u64 model_stride;          // bytes from one model's cache to the next
+    u64 angle_stride;          // bytes from one set's cos, and sin, to the next; 0 where all rotate alike
     u32 query_stride;
     u32 table_stride;
     u32 heads;
@@ -40,6 +42,8 @@ __device__ void qkv(const QkvArgs& args) {
         const u32 pair = min(2 * unit + r % 2, pairs - 1);
         return pair / half * args.head_dim + pair % half + (r / 2) * half;
     };
+    const float* cos = advance(args.cos, blockIdx.z * args.angle_stride);
+    const float* sin = advance(args.sin, blockIdx.z * args.angle_stride);
     const u32 keys = args.heads * args.head_dim, values = keys + args.kv_heads * args.head_dim;
     const auto segment = [=](u32 n) { return n < keys ? 0u : n < values ? 1u : 2u; };
     const auto finish = [&](u32 unit, u32 part, u32, u32 row, const float(&y)[UNIT]) {
@@ -49,7 +53,7 @@ __device__ void qkv(const QkvArgs& args) {
         float a = part ? y[1] : y[0], b = part ? y[3] : y[2];
         if (head < args.heads + args.kv_heads) {
             const u64 angle = u64(position) * half + i;
-            const float c = args.cos[angle], s = args.sin[angle], x = a;
+            const float c = cos[angle], s = sin[angle], x = a;
             a = x * c - b * s;
             b = b * c + x * s;
         }

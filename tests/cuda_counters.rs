@@ -15,14 +15,14 @@ use dlf_engine::backend::cuda::{CudaBackend, CudaOptions};
 use dlf_engine::backend::{Backend, Batch, Choice, FuseRow, Limits, Row};
 use dlf_engine::fusion::FusionRule;
 use dlf_engine::kv_cache::BlockTable;
-use dlf_engine::model::Role;
+use dlf_engine::model::{LlamaModel, Role};
 use dlf_engine::weights::Dtype;
 use virtual_gpu::host::{Driver, Gpu, Launch};
 
 #[path = "support/models.rs"]
 mod models;
 
-use models::{Shape, model};
+use models::{Shape, adapter, model};
 
 /// The widths of SmolLM2-135M, and two of its layers.
 const SMOL: Shape =
@@ -31,7 +31,12 @@ const SMOL: Shape =
 /// What one step launched, for `sequences` sequences in every model.
 fn step(roles: &[Role], sequences: usize, shape: Shape) -> Vec<Launch> {
     let models = roles.iter().enumerate().map(|(seed, &role)| model(role, shape, Dtype::Bf16, seed as u64));
-    let ensemble = Arc::new(Ensemble::from_models(models.collect()).unwrap());
+    step_of(models.collect(), sequences)
+}
+
+fn step_of(models: Vec<LlamaModel>, sequences: usize) -> Vec<Launch> {
+    let count = models.len();
+    let ensemble = Arc::new(Ensemble::from_models(models).unwrap());
     let gpu: Gpu = Driver::load().unwrap().device("h100").unwrap();
     let limits = Limits { rows: sequences, slots: sequences, blocks: sequences };
     let options = CudaOptions { ordinal: gpu.ordinal(), small_ordinal: gpu.ordinal(), limits, graphs: false };
@@ -40,7 +45,7 @@ fn step(roles: &[Role], sequences: usize, shape: Shape) -> Vec<Launch> {
         (0..sequences).map(|block| BlockTable { blocks: vec![block as u32] }).collect();
     let row = |model, table| Row { model, table, position: 0, token: 7, slot: Some(table) };
     let rows: Vec<Row> =
-        (0..roles.len()).flat_map(|model| (0..sequences).map(move |table| row(model, table))).collect();
+        (0..count).flat_map(|model| (0..sequences).map(move |table| row(model, table))).collect();
     gpu.clear();
     backend.forward(&Batch { rows: &rows, tables: &tables }).unwrap();
     assert_eq!(gpu.reports(), []);
@@ -194,6 +199,62 @@ fn a_group_takes_no_more_launches_than_one_model() {
     assert_eq!(step(&experts, 1, narrow).len(), alone);
     // Two layers of six, the embedding and the output.
     assert_eq!(alone, 2 * 6 + 2);
+}
+
+/// A small model, and experts that are low-rank updates of it.
+fn adapted(experts: usize, shape: Shape) -> Vec<LlamaModel> {
+    let small = model(Role::Small, shape, Dtype::Bf16, 1);
+    let expert = |t: usize| LlamaModel {
+        role: Role::Expert(t),
+        adapter: Some(adapter(shape, t as u64 + 5)),
+        ..small.clone()
+    };
+    std::iter::once(small.clone()).chain((0..experts).map(expert)).collect()
+}
+
+/// Bytes that low-rank updates read for one row: A, x and the norm's weights once for each number of A x; B and A x
+/// once for each output.
+fn updates(shape: Shape) -> usize {
+    // Ranks of 3 to 9, in whole vectors.
+    const RANK: usize = 16;
+    let Shape { hidden, intermediate, heads, kv_heads, head_dim, .. } = shape;
+    let stages = [
+        (3, hidden, (heads + 2 * kv_heads) * head_dim, true),
+        (1, heads * head_dim, hidden, false),
+        (2, hidden, 2 * intermediate, true),
+        (1, intermediate, hidden, false),
+    ];
+    let of_stage = |(segments, cols, outputs, normed)| {
+        segments * RANK * cols * if normed { 3 } else { 2 } + outputs * RANK * 2
+    };
+    2 * 4 * stages.map(of_stage).iter().sum::<usize>()
+}
+
+#[test]
+fn adapters_take_no_launch_and_no_second_look_at_the_weights() {
+    let shape = Shape { vocab: 512, ..SMOL };
+    for experts in [1, 8] {
+        // The same rows of the small model alone.
+        let plain = step_of(adapted(0, shape), 1 + experts);
+        let launches = step_of(adapted(experts, shape), 1);
+        assert_eq!(launches.len(), 2 * 6 + 2);
+        assert_eq!(plain.len(), launches.len());
+        let asked = |launches: &[Launch]| -> u64 {
+            launches.iter().filter(|l| is_projection(l)).map(|l| l.counters.global_load_bytes).sum()
+        };
+        let (more, expected) = (asked(&launches) - asked(&plain), (experts * updates(shape)) as u64);
+        // Beside them single words: which adapter a row has, and counters.
+        let weights = projections(shape);
+        println!("{experts} experts: {more} bytes more than {}, {expected} of them updates", asked(&plain));
+        assert!((expected..=expected + weights / 50).contains(&more), "{experts}: {more}, not {expected}");
+    }
+}
+
+#[test]
+fn adapters_take_no_launch_on_tensor_cores() {
+    let shape = Shape { vocab: 64, hidden: 64, intermediate: 96, ..SMOL };
+    // 20 rows of each model: each projection prepares its rows, which is when A x is computed.
+    assert_eq!(step_of(adapted(2, shape), 20).len(), step_of(adapted(0, shape), 20).len());
 }
 
 /// The fusion launch of `experts` experts over `vocab` ids.

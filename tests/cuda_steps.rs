@@ -17,7 +17,7 @@ use virtual_gpu::host::{Call, Driver, Gpu};
 #[path = "support/models.rs"]
 mod models;
 
-use models::{EVEN, Shape, mixed_ensemble, model, tokens};
+use models::{EVEN, Shape, adapter, mixed_ensemble, model, tokens};
 
 const LIMITS: Limits = Limits { rows: 64, slots: 8, blocks: 48 };
 
@@ -28,6 +28,18 @@ fn ensemble(experts: usize) -> Arc<Ensemble> {
     let group = roles.enumerate().map(|(seed, role)| model(role, EVEN, Dtype::Bf16, seed as u64 + 2));
     let models: Vec<LlamaModel> =
         std::iter::once(model(Role::Large, wide, Dtype::Bf16, 1)).chain(group).collect();
+    Arc::new(Ensemble::from_models(models).unwrap())
+}
+
+/// The same with experts that are low-rank updates of the small model.
+fn adapted(experts: usize) -> Arc<Ensemble> {
+    let mut models: Vec<LlamaModel> = ensemble(0).models().iter().map(|model| (**model).clone()).collect();
+    let small = models[1].clone();
+    models.extend((0..experts).map(|t| LlamaModel {
+        role: Role::Expert(t),
+        adapter: Some(adapter(EVEN, t as u64 + 5)),
+        ..small.clone()
+    }));
     Arc::new(Ensemble::from_models(models).unwrap())
 }
 
@@ -165,17 +177,18 @@ fn a_step_of_several_turns_is_not_foreseen() {
 
 #[test]
 fn order_of_streams_and_blocks_changes_nothing() {
-    let ensemble = ensemble(1);
-    let mut first: Option<Vec<Step>> = None;
-    for seed in 0..4 {
-        let (gpu, mut generator) = open(&ensemble, true);
-        gpu.seed(seed);
-        for request in &requests()[..3] {
-            generator.push(request.clone()).unwrap();
+    for ensemble in [ensemble(1), adapted(2)] {
+        let mut first: Option<Vec<Step>> = None;
+        for seed in 0..4 {
+            let (gpu, mut generator) = open(&ensemble, true);
+            gpu.seed(seed);
+            for request in &requests()[..3] {
+                generator.push(request.clone()).unwrap();
+            }
+            let steps = run(generator);
+            assert_eq!(gpu.reports(), []);
+            assert_same(&steps, first.get_or_insert_with(|| steps.clone()));
         }
-        let steps = run(generator);
-        assert_eq!(gpu.reports(), []);
-        assert_same(&steps, first.get_or_insert_with(|| steps.clone()));
     }
 }
 
@@ -216,8 +229,7 @@ fn logits_are_those_of_the_step_that_was_asked_for() {
 
 #[test]
 fn a_token_is_one_graph_of_few_launches() {
-    for experts in [1, 3] {
-        let ensemble = ensemble(experts);
+    for ensemble in [ensemble(1), ensemble(3), adapted(1), adapted(8)] {
         let (gpu, mut generator) = open(&ensemble, true);
         generator.push(requests()[0].clone()).unwrap();
         let steps = generator.by_ref();

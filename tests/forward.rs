@@ -20,7 +20,7 @@ use dlf_engine::{Ensemble, Error};
 #[path = "support/models.rs"]
 mod models;
 
-use models::{EVEN, LIMITS, ODD, Sequence, Shape, adapter, feed, mixed_ensemble, model, tokens};
+use models::{EVEN, LIMITS, ODD, Sequence, Shape, adapter, feed, mixed_ensemble, model, model_apart, tokens};
 
 fn backend(models: Vec<LlamaModel>, threads: usize, limits: Limits) -> CpuBackend {
     let ensemble = Arc::new(Ensemble::from_models(models).unwrap());
@@ -223,6 +223,33 @@ fn an_adapter_is_the_merged_weights() {
     // The two round differently; both are within 1e-5 of the definition.
     assert!(worst(&merged) < 2e-5, "{:e}", worst(&merged));
     assert!(worst(&plain) > 0.1, "the adapter changes something");
+}
+
+#[test]
+fn an_expert_rotates_and_normalises_in_its_own_way() {
+    let (small, expert) =
+        (model(Role::Small, EVEN, Dtype::F32, 2), model_apart(Role::Expert(0), EVEN, Dtype::F32, 3));
+    let tokens = tokens(20, EVEN.vocab, 1);
+    let expected =
+        [&small, &expert].map(|model| logits_of(LlamaModel { role: Role::Small, ..model.clone() }, &tokens));
+    // The same weights give something else with the small model's angles and ε.
+    let like_small = logits_of(model(Role::Small, EVEN, Dtype::F32, 3), &tokens);
+    let last = |logits: &[Vec<f32>]| logits.last().unwrap().clone();
+    let differences = last(&like_small).into_iter().zip(last(&expected[1])).map(|(a, b)| (a - b).abs());
+    assert!(differences.fold(0.0, f32::max) > 0.01);
+
+    let limits = Limits { rows: 40, slots: 40, blocks: 4 };
+    let mut both = backend(vec![small, expert], 2, limits);
+    let sequence = |model: usize| Sequence {
+        model,
+        table: BlockTable { blocks: vec![2 * model as u32, 2 * model as u32 + 1] },
+        tokens: tokens.clone(),
+    };
+    let logits = feed(&mut both, &[sequence(0), sequence(1)], &[vec![(0, 0..20), (1, 0..20)]]);
+    for ((model, position), bits) in logits {
+        let expected: Vec<u32> = expected[model][position].iter().map(|logit| logit.to_bits()).collect();
+        assert_eq!(bits, expected, "model {model}, position {position}");
+    }
 }
 
 #[test]

@@ -5,8 +5,8 @@ use std::fmt::Debug;
 use crate::error::{Error, Result};
 use crate::model::{LlamaModel, Role};
 
-/// Experts run in lockstep with the small model, so their layers must have its shape, and its normalisation and
-/// rotation. The number of token ids may differ.
+/// Experts run in lockstep with the small model, so their layers must have its shape. Rotation, the norms' ε and the number
+/// of token ids may differ.
 pub(super) fn check_architectures(models: &[LlamaModel]) -> Result<()> {
     let Some(small) = models.iter().find(|model| model.role == Role::Small) else { return Ok(()) };
     let experts = models.iter().filter(|model| matches!(model.role, Role::Expert(_)));
@@ -19,9 +19,6 @@ pub(super) fn check_architectures(models: &[LlamaModel]) -> Result<()> {
         same(role, "num_attention_heads", &s.num_attention_heads, &e.num_attention_heads)?;
         same(role, "num_key_value_heads", &s.num_key_value_heads, &e.num_key_value_heads)?;
         same(role, "head_dim", &s.head_dim, &e.head_dim)?;
-        same(role, "rms_norm_eps", &s.rms_norm_eps, &e.rms_norm_eps)?;
-        same(role, "rope_theta", &s.rope.theta, &e.rope.theta)?;
-        same(role, "RoPE scaling", &s.rope.scaling, &e.rope.scaling)?;
         same(role, "attention_bias", &s.attention_bias, &e.attention_bias)?;
         same(role, "mlp_bias", &s.mlp_bias, &e.mlp_bias)?;
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use dlf_engine::adapter::{LoraAdapter, LoraDelta, LoraLayer};
 use dlf_engine::backend::{Backend, Batch, Limits, Row};
-use dlf_engine::config::LlamaConfig;
+use dlf_engine::config::{LlamaConfig, RopeConfig, RopeScaling};
 use dlf_engine::kv_cache::BlockTable;
 use dlf_engine::model::{LlamaModel, Role};
 use dlf_engine::weights::{Dtype, LlamaWeights, Tensor};
@@ -48,6 +48,16 @@ pub fn model(role: Role, shape: Shape, dtype: Dtype, seed: u64) -> LlamaModel {
     let config = config(shape);
     let weights = Arc::new(LlamaWeights::random(&config, dtype, seed));
     LlamaModel { role, name: role.to_string(), path: "memory".into(), config, weights, adapter: None }
+}
+
+/// A model that normalises and rotates in its own way.
+pub fn model_apart(role: Role, shape: Shape, dtype: Dtype, seed: u64) -> LlamaModel {
+    let mut model = model(role, shape, dtype, seed);
+    let mut config = (*model.config).clone();
+    config.rms_norm_eps = 0.01;
+    config.rope = RopeConfig { theta: 1e6, scaling: RopeScaling::Linear { factor: 1.5 } };
+    model.config = Arc::new(config);
+    model
 }
 
 /// Low-rank updates of every projection but one, of ranks that differ.
@@ -135,7 +145,7 @@ pub fn feed(
     logits
 }
 
-/// A large model, a small one, a full expert between two adapters; two sequences each.
+/// A large model, a small one, a full expert with its own rotation and ε between two adapters; two sequences each.
 pub fn mixed_ensemble(shape: Shape, dtype: Dtype) -> (Vec<LlamaModel>, Vec<Sequence>) {
     let small = model(Role::Small, shape, dtype, 2);
     let lora = |t: usize| LlamaModel {
@@ -145,7 +155,7 @@ pub fn mixed_ensemble(shape: Shape, dtype: Dtype) -> (Vec<LlamaModel>, Vec<Seque
     };
     let (first, last) = (lora(0), lora(2));
     let large = model(Role::Large, Shape { hidden: shape.hidden + 3, ..shape }, dtype, 1);
-    let models = vec![large, small, first, model(Role::Expert(1), shape, dtype, 3), last];
+    let models = vec![large, small, first, model_apart(Role::Expert(1), shape, dtype, 3), last];
     // Blocks in no order; those of a model are its own.
     let mut sequences = Vec::new();
     for model in 0..models.len() {

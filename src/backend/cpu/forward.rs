@@ -36,8 +36,10 @@ const ROWS_PER_TASK: usize = 8;
 pub(crate) struct Group {
     /// Indices into the ensemble.
     models: ArrayVec<usize, MAX_GROUP>,
+    /// What all agree on: shapes.
     config: Arc<LlamaConfig>,
-    rope: Rope,
+    /// Of each model.
+    ropes: ArrayVec<Rope, MAX_GROUP>,
     /// The rank of the largest adapter, in whole vectors.
     rank: usize,
     /// Batch rows of this group, in the order they run.
@@ -139,9 +141,9 @@ impl Group {
             wanted_slots: Vec::with_capacity(rows),
             ..Plan::default()
         };
-        let rope = Rope::new(&config);
+        let ropes = models.iter().map(|&model| Rope::new(&ensemble.models()[model].config)).collect();
         let partials = Partials::default();
-        Some(Self { models, config, rope, rank, order: Vec::new(), plan, activations, partials })
+        Some(Self { models, config, ropes, rank, order: Vec::new(), plan, activations, partials })
     }
 
     /// Runs this group's rows of `batch`.
@@ -187,7 +189,10 @@ impl Group {
             let to = &mut hidden.data_mut()[i * stride..(i + 1) * stride];
             embedding.part(token * hidden_size..(token + 1) * hidden_size).convert(isa, hidden_size, to);
             let at = i * angles..i * angles + self.config.head_dim / 2;
-            self.rope.cos_sin(row.position, &mut cos.data_mut()[at.clone()], &mut sin.data_mut()[at]);
+            let mut ropes = self.models.iter().zip(&self.ropes);
+            if let Some((_, rope)) = ropes.find(|(model, _)| **model == row.model) {
+                rope.cos_sin(row.position, &mut cos.data_mut()[at.clone()], &mut sin.data_mut()[at]);
+            }
         }
     }
 
@@ -264,11 +269,12 @@ impl Group {
         if plan.wanted.is_empty() {
             return;
         }
-        let (ensemble, isa, eps) = (machine.ensemble, machine.isa, self.config.rms_norm_eps);
+        let (ensemble, isa) = (machine.ensemble, machine.isa);
         let Activations { hidden, normed, low_rank, .. } = &mut self.activations;
         let stride = hidden.stride();
         for (to, &row) in plan.wanted.iter().enumerate() {
-            let weight = &ensemble.models()[plan.rows[row].model].weights.norm;
+            let model = &ensemble.models()[plan.rows[row].model];
+            let (weight, eps) = (&model.weights.norm, model.config.rms_norm_eps);
             let x = &hidden.data()[row * stride..(row + 1) * stride];
             rms_norm(isa, x, weight, eps, &mut normed.data_mut()[to * stride..(to + 1) * stride]);
         }
@@ -300,7 +306,7 @@ impl Group {
 
     /// normed = RMSNorm(hidden), with the weight that `weight` names.
     fn norm<'e>(&mut self, machine: &mut Machine<'e>, weight: impl Fn(&'e LlamaModel) -> &'e Tensor + Sync) {
-        let (ensemble, isa, eps) = (machine.ensemble, machine.isa, self.config.rms_norm_eps);
+        let (ensemble, isa) = (machine.ensemble, machine.isa);
         let Activations { hidden, normed, .. } = &mut self.activations;
         let (rows, stride) = (&self.plan.rows, hidden.stride());
         let normed = normed.shared();
@@ -309,8 +315,9 @@ impl Group {
             for (i, row) in rows.iter().enumerate().skip(first).take(ROWS_PER_TASK) {
                 // SAFETY: a row belongs to one task.
                 let to = unsafe { normed.part(i * stride, stride) };
-                let weight = weight(&ensemble.models()[row.model]);
-                rms_norm(isa, &hidden.data()[i * stride..(i + 1) * stride], weight, eps, to);
+                let model = &ensemble.models()[row.model];
+                let x = &hidden.data()[i * stride..(i + 1) * stride];
+                rms_norm(isa, x, weight(model), model.config.rms_norm_eps, to);
             }
         });
     }

@@ -78,6 +78,16 @@ impl Extent {
     }
 }
 
+/// The configs of the sets of a group that rotate by tables of their own: one where all rotate alike.
+pub(crate) fn rotations<'a>(ensemble: &'a Ensemble, members: &Members) -> Vec<&'a LlamaConfig> {
+    let mut configs: Vec<&LlamaConfig> =
+        members.owners.iter().map(|&owner| &*ensemble.models()[owner].config).collect();
+    if configs.iter().all(|config| config.rope == configs[0].rope) {
+        configs.truncate(1);
+    }
+    configs
+}
+
 /// Bytes of the cache, and of the activations with the tables of angles, of a group.
 pub(crate) fn memory_of(
     ensemble: &Ensemble,
@@ -91,7 +101,7 @@ pub(crate) fn memory_of(
     let adapters = members.models.iter().filter_map(|&model| ensemble.models()[model].adapter.as_deref());
     let rank = rank_of(adapters);
     let sizes = Sizes::new(config, dtype, (extent.capacity, extent.positions, extent.table_stride, rank));
-    let angles = extent.positions * config.head_dim;
+    let angles = rotations(ensemble, members).len() * extent.positions * config.head_dim;
     let cache = extent.layer_bytes * config.num_hidden_layers * members.models.len();
     (cache, (sizes.total() + angles) * size_of::<f32>())
 }

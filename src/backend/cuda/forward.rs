@@ -2,8 +2,8 @@
 //!
 //! Six launches a layer, whatever the number of models: RMSNorm with queries, keys, values, RoPE and the cache;
 //! attention over splits of the positions; its merge; the output projection into the residual stream; RMSNorm with
-//! gate, up and SiLU; the down projection into the residual stream. `blockIdx.z` is the set of weights. Adapters add
-//! one launch before each projection.
+//! gate, up and SiLU; the down projection into the residual stream. `blockIdx.z` is the set of weights.
+//! A x of adapters is computed by the launch that adds B A x.
 
 mod attend;
 
@@ -11,10 +11,10 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::buffers::{Buffers, Extent, Sizes};
+use super::buffers::{Buffers, Extent, Sizes, rotations};
 use super::device::{Gpu, Grid};
 use super::kernels::{
-    EmbedArgs, IntoArgs, Kernels, LmHeadArgs, LoraArgs, MOST_ROWS, Product, Projections, QkvArgs, SPLIT,
+    EmbedArgs, IntoArgs, Kernels, LmHeadArgs, MOST_ROWS, Product, Projections, QkvArgs, SPLIT, SPLIT_WARPS,
     SplitArgs, StepRows, WARPS, WIDE_ROWS, WIDE_UNITS, staging,
 };
 use super::lora::{DeviceAdapters, Stage};
@@ -65,8 +65,7 @@ pub(crate) struct Group {
     cache: Buffer<u8>,
     /// Bytes of one model's cache, and of one layer of it.
     cache_stride: (usize, usize),
-    cos: Buffer<f32>,
-    sin: Buffer<f32>,
+    angles: Angles,
     buffers: Buffers,
     plan: Plan,
     /// Of the last batch.
@@ -119,18 +118,22 @@ impl Group {
         let Some(&first) = members.models.first() else { return Ok(None) };
         let config = Arc::clone(&all[first].config);
         let stream = gpu.stream()?;
-        let sets: Vec<&LlamaWeights> = members.owners.iter().map(|&owner| &*all[owner].weights).collect();
+        let sets: Vec<(&LlamaWeights, f32)> = members
+            .owners
+            .iter()
+            .map(|&owner| (&*all[owner].weights, all[owner].config.rms_norm_eps))
+            .collect();
         let weights = DeviceWeights::upload(gpu, &stream, &config, &sets, ensemble.vocab_size(), progress)?;
         let lora: Vec<&LoraAdapter> =
             members.models.iter().filter_map(|&model| all[model].adapter.as_deref()).collect();
-        let adapters = DeviceAdapters::upload(gpu, &stream, &config, &lora)?;
+        let adapters = DeviceAdapters::upload(gpu, &stream, &config, &lora, sets.len())?;
 
         let dtype = weights.layout.dtype;
         let Extent { positions, capacity, table_stride, layer_bytes } =
             Extent::of(ensemble, &members, limits);
         let model_bytes = layer_bytes * config.num_hidden_layers;
         let cache = gpu.zeros(&stream, model_bytes * members.models.len(), "the key-value cache")?;
-        let (cos, sin) = angles(gpu, &stream, &config, positions)?;
+        let angles = Angles::new(gpu, &stream, &rotations(ensemble, &members), positions)?;
         let rank = adapters.as_ref().map_or(0, |adapters| adapters.rank);
         let sizes = Sizes::new(&config, dtype, (capacity, positions, table_stride, rank));
         let buffers = Buffers::new(gpu, &stream, sizes)?;
@@ -145,8 +148,7 @@ impl Group {
             adapters,
             cache,
             cache_stride: (model_bytes, layer_bytes),
-            cos,
-            sin,
+            angles,
             buffers,
             plan: Plan::default(),
             rows: Vec::new(),
@@ -296,6 +298,7 @@ impl Group {
     }
 
     fn embed(&self, lists: Lists) -> Result<()> {
+        let (progress, counters) = self.adapters.as_ref().map_or((0, 0), DeviceAdapters::counters);
         let args = EmbedArgs {
             hidden: self.buffers.hidden.address(),
             table: self.weights.address(self.weights.layout.embed_tokens),
@@ -303,6 +306,8 @@ impl Group {
             set_first: lists.set_first,
             set_stride: self.weights.set_stride(),
             stride: u32_of(stride(self.config.hidden_size)),
+            counters: u32_of(counters),
+            progress,
         };
         let blocks = (u32_of(self.plan.most_rows()), 1, self.sets());
         let grid = Grid { blocks, threads: (128, 1, 1), shared: 0 };
@@ -324,20 +329,20 @@ impl Group {
             cols: config.hidden_size,
             norm: Some(at.input_layernorm),
         };
-        self.low_rank(lists, layer, Stage::Qkv, normed)?;
         let product = self.product(lists, normed, (at.qkv, at.qkv_bias, outputs), Some((layer, Stage::Qkv)));
         let units = ((heads + 2 * kv_heads) * head_dim / 2).div_ceil(2);
         self.project(&self.kernels.qkv, product, units, self.all_rows(), |product| QkvArgs {
             product,
             queries: self.buffers.queries.address(),
             cache,
-            cos: self.cos.address(),
-            sin: self.sin.address(),
+            cos: self.angles.cos.address(),
+            sin: self.angles.sin.address(),
             position: lists.position,
             table: lists.table,
             model: lists.model,
             block_tables: self.buffers.tables.address(),
             model_stride: self.cache_stride.0 as u64,
+            angle_stride: self.angles.stride,
             query_stride: u32_of(stride(heads * head_dim)),
             table_stride: u32_of(self.table_stride),
             heads: u32_of(heads),
@@ -355,7 +360,6 @@ impl Group {
         let (hidden, size) = (self.config.hidden_size, self.config.intermediate_size);
         let normed =
             Input { x: self.buffers.hidden.address(), cols: hidden, norm: Some(at.post_attention_layernorm) };
-        self.low_rank(lists, layer, Stage::GateUp, normed)?;
         let product = self.product(
             lists,
             normed,
@@ -380,7 +384,6 @@ impl Group {
         (weights, bias): (usize, Option<usize>),
     ) -> Result<()> {
         let hidden = self.config.hidden_size;
-        self.low_rank(lists, layer, stage, input)?;
         let product = self.product(lists, input, (weights, bias, hidden), Some((layer, stage)));
         let to = (self.buffers.hidden.address(), u32_of(stride(hidden)));
         self.project(&self.kernels.residual, product, hidden.div_ceil(4), self.all_rows(), |product| {
@@ -407,31 +410,6 @@ impl Group {
             slot: lists.wanted_slot,
             vocab_stride: u32_of(logits.vocab_stride),
         })
-    }
-
-    /// low_rank = A x of the adapters, where there are any.
-    fn low_rank(&self, lists: Lists, layer: usize, stage: Stage, input: Input) -> Result<()> {
-        let Some(adapters) = &self.adapters else { return Ok(()) };
-        let outputs = stage.projections().len() * adapters.rank;
-        let args = LoraArgs {
-            x: input.x,
-            norm: self.weights.optional(input.norm),
-            a: adapters.a(layer, stage),
-            t: self.buffers.low_rank.address(),
-            adapter: lists.adapter,
-            set_first: lists.set_first,
-            set_stride: self.weights.set_stride(),
-            lora_stride: adapters.stride(),
-            outputs: u32_of(outputs),
-            stride: u32_of(stride(input.cols)),
-            cols: u32_of(input.cols),
-            sets: self.sets(),
-            eps: self.config.rms_norm_eps,
-        };
-        let blocks = (u32_of(outputs.div_ceil(WARPS)), u32_of(self.plan.rows()), 1);
-        let grid = Grid { blocks, threads: (256, 1, 1), shared: 0 };
-        // SAFETY: `low_rank` has three parts of `rank` numbers a row, and `outputs` is at most that.
-        unsafe { self.gpu.launch(&self.stream, &self.kernels.lora, grid, &args) }
     }
 
     /// W x of all rows, with the adapters' part where `lora` names a stage.
@@ -462,7 +440,9 @@ impl Group {
             chunk: 0,
             rank: lora.map_or(0, |(adapters, ..)| u32_of(adapters.rank)),
             segments: lora.map_or(0, |(.., stage)| u32_of(stage.projections().len())),
-            eps: self.config.rms_norm_eps,
+            producers: 0,
+            lora_a: lora.map_or(0, |(adapters, layer, stage)| adapters.a(layer, stage)),
+            progress: lora.map_or(0, |(adapters, layer, stage)| adapters.progress(layer, stage)),
         }
     }
 
@@ -479,9 +459,10 @@ impl Group {
         let wide = projections.wide(rows.most).filter(|_| tiles <= MOST_BLOCKS_Y);
         if let (Some(kernel), Some(split)) = (wide, &self.kernels.split_rows) {
             let to = self.buffers.split.address();
-            let grid = Grid { blocks: (u32_of(rows.all), 1, 1), threads: (128, 1, 1), shared: 0 };
+            let blocks = (u32_of(rows.all), 1 + product.low_rank().div_ceil(SPLIT_WARPS), 1);
+            let grid = Grid { blocks, threads: (128, 1, 1), shared: 0 };
             // SAFETY: a row for each index of the lists; `split` has as many, as wide as the widest input (see
-            // `Sizes::new`).
+            // `Sizes::new`), and `low_rank` has three parts of `rank` numbers a row.
             unsafe { self.gpu.launch(&self.stream, split, grid, &SplitArgs { product, to }) }?;
             product.x = to;
             let blocks = (u32_of(rows.most.div_ceil(WIDE_ROWS)), u32_of(tiles), self.sets());
@@ -495,14 +476,18 @@ impl Group {
             let (chunk, shared) = staging(most, product.stride as usize);
             product.skip = u32_of(skip);
             product.chunk = u32_of(chunk);
+            // The first launch computes A x of all rows.
+            let first = if skip == 0 { rows.most } else { 0 };
+            product.producers = product.producers_for(first, self.gpu.multiprocessors());
             let blocks = tiles.min(2 * self.gpu.multiprocessors()).max(1);
             let grid = Grid {
-                blocks: (u32_of(blocks), 1, self.sets()),
+                blocks: (u32_of(blocks) + product.producers, 1, self.sets()),
                 threads: (u32_of(WARPS) * 32, 1, 1),
                 shared: u32_of(shared),
             };
             // SAFETY: the buffers have `capacity` rows of the widths that the kernels' contracts name, and the plan
-            // has no more rows; matrices have `n` rows of `stride` columns (see `Layout`).
+            // has no more rows; matrices have `n` rows of `stride` columns (see `Layout`). What a launch with producers
+            // counts with is its own, and `embed` has set it to zero.
             unsafe { self.gpu.launch(&self.stream, kernel, grid, &args(product)) }?;
         }
         Ok(())
@@ -535,18 +520,32 @@ struct Input {
     norm: Option<usize>,
 }
 
-/// cos and sin of every position, `(positions, head_dim / 2)`: the same numbers as the CPU's.
-fn angles(
-    gpu: &Gpu,
-    stream: &Arc<CudaStream>,
-    config: &LlamaConfig,
-    positions: usize,
-) -> Result<(Buffer<f32>, Buffer<f32>)> {
-    let (rope, half) = (Rope::new(config), config.head_dim / 2);
-    let mut cos = vec![0.0; positions * half];
-    let mut sin = cos.clone();
-    for (position, (cos, sin)) in cos.chunks_mut(half.max(1)).zip(sin.chunks_mut(half.max(1))).enumerate() {
-        rope.cos_sin(position, cos, sin);
+/// cos and sin of every position, `(sets, positions, head_dim / 2)`: the same numbers as the CPU's.
+struct Angles {
+    cos: Buffer<f32>,
+    sin: Buffer<f32>,
+    /// Bytes from one set to the next; 0 where there is one table for all.
+    stride: u64,
+}
+
+impl Angles {
+    /// A table for each of `configs`.
+    fn new(gpu: &Gpu, stream: &Arc<CudaStream>, configs: &[&LlamaConfig], positions: usize) -> Result<Self> {
+        let (mut all_cos, mut all_sin) = (Vec::new(), Vec::new());
+        for config in configs {
+            let (rope, half) = (Rope::new(config), config.head_dim / 2);
+            for position in 0..positions {
+                let at = all_cos.len();
+                all_cos.resize(at + half, 0.0);
+                all_sin.resize(at + half, 0.0);
+                rope.cos_sin(position, &mut all_cos[at..], &mut all_sin[at..]);
+            }
+        }
+        let stride = if configs.len() > 1 { all_cos.len() / configs.len() * size_of::<f32>() } else { 0 };
+        Ok(Self {
+            cos: gpu.upload(stream, &all_cos, "rotary angles")?,
+            sin: gpu.upload(stream, &all_sin, "rotary angles")?,
+            stride: stride as u64,
+        })
     }
-    Ok((gpu.upload(stream, &cos, "rotary angles")?, gpu.upload(stream, &sin, "rotary angles")?))
 }

@@ -28,6 +28,8 @@ pub(crate) const WIDE_COLUMNS: usize = 128;
 
 /// Warps of a block of a projection, and outputs of each.
 pub(crate) const WARPS: usize = 8;
+/// Warps of a block of `split_rows`.
+pub(crate) const SPLIT_WARPS: u32 = 4;
 /// Outputs of a warp.
 pub(crate) const OUTPUTS: usize = 4;
 /// Columns that a warp reads at once.
@@ -47,6 +49,8 @@ pub(crate) struct EmbedArgs {
     pub(crate) set_first: u64,
     pub(crate) set_stride: u64,
     pub(crate) stride: u32,
+    pub(crate) counters: u32,
+    pub(crate) progress: u64,
 }
 
 /// `Product` in product.cuh.
@@ -71,7 +75,23 @@ pub(crate) struct Product {
     pub(crate) chunk: u32,
     pub(crate) rank: u32,
     pub(crate) segments: u32,
-    pub(crate) eps: f32,
+    pub(crate) producers: u32,
+    pub(crate) lora_a: u64,
+    pub(crate) progress: u64,
+}
+
+impl Product {
+    /// Numbers of A x of a row.
+    pub(crate) fn low_rank(&self) -> u32 {
+        self.segments * self.rank
+    }
+
+    /// The blocks of a set that compute A x of up to `rows` rows: a warp for each number, but no more blocks than the
+    /// GPU has multiprocessors, so that the others begin beside them.
+    pub(crate) fn producers_for(&self, rows: usize, multiprocessors: usize) -> u32 {
+        let blocks = (rows * self.low_rank() as usize).div_ceil(WARPS);
+        blocks.min(multiprocessors) as u32
+    }
 }
 
 /// `QkvArgs` in projections.cuh.
@@ -88,6 +108,7 @@ pub(crate) struct QkvArgs {
     pub(crate) model: u64,
     pub(crate) block_tables: u64,
     pub(crate) model_stride: u64,
+    pub(crate) angle_stride: u64,
     pub(crate) query_stride: u32,
     pub(crate) table_stride: u32,
     pub(crate) heads: u32,
@@ -149,25 +170,6 @@ pub(crate) struct AttentionArgs {
     pub(crate) scale: f32,
 }
 
-/// `LoraArgs` in lora.cu.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub(crate) struct LoraArgs {
-    pub(crate) x: u64,
-    pub(crate) norm: u64,
-    pub(crate) a: u64,
-    pub(crate) t: u64,
-    pub(crate) adapter: u64,
-    pub(crate) set_first: u64,
-    pub(crate) set_stride: u64,
-    pub(crate) lora_stride: u64,
-    pub(crate) outputs: u32,
-    pub(crate) stride: u32,
-    pub(crate) cols: u32,
-    pub(crate) sets: u32,
-    pub(crate) eps: f32,
-}
-
 /// `StepGroup` in step.cu.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
@@ -212,9 +214,6 @@ unsafe impl DeviceRepr for LmHeadArgs {}
 unsafe impl DeviceRepr for SplitArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for AttentionArgs {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for LoraArgs {}
-
 // SAFETY: as above.
 unsafe impl DeviceRepr for AdvanceArgs {}
 // SAFETY: as above.
@@ -262,7 +261,7 @@ pub(crate) fn wide_module(dtype: Dtype) -> Option<&'static str> {
 /// Panels that fit shared memory at once for M rows of `stride` columns, and the shared memory of that, in bytes.
 pub(crate) fn staging(rows: usize, stride: usize) -> (usize, usize) {
     let panels = stride.div_ceil(PANEL);
-    let fixed = rows * panels + rows + WARPS * OUTPUTS * rows;
+    let fixed = rows * panels + rows + WARPS * OUTPUTS * rows + 1;
     let chunk = (SHARED.saturating_sub(fixed) / (rows * STAGED)).clamp(1, panels.max(1));
     (chunk, (rows * chunk * STAGED + fixed) * size_of::<f32>())
 }
@@ -281,7 +280,6 @@ pub(crate) struct Kernels {
     pub(crate) merge: Kernel,
     /// For tiles of rows, where the size of a head allows it.
     pub(crate) attention_wide: Option<Kernel>,
-    pub(crate) lora: Kernel,
 }
 
 impl Kernels {
@@ -304,7 +302,6 @@ impl Kernels {
                 .then_some(if head_dim <= 64 { "attention_wide_8" } else { "attention_wide_16" })
                 .map(|name| gpu.kernel("attention_wide", name))
                 .transpose()?,
-            lora: gpu.kernel("lora", "lora_down")?,
         })
     }
 }

@@ -56,6 +56,9 @@ pub(crate) struct DeviceAdapters {
     /// Numbers from one adapter to the next.
     len: usize,
     arena: Buffer<f32>,
+    /// `(layers, stages, sets, 2)`: what projections that compute A x themselves count with; zero before each step.
+    progress: Buffer<u32>,
+    sets: usize,
 }
 
 /// The largest rank of any update, with its padding; 0 where there is none.
@@ -66,8 +69,37 @@ pub(crate) fn rank_of<'a>(adapters: impl Iterator<Item = &'a LoraAdapter>) -> us
     rank.unwrap_or(0).next_multiple_of(ROW_ALIGNMENT)
 }
 
+/// Where A and B of every stage of every layer lie, and the numbers of an adapter.
+fn places(config: &LlamaConfig, rank: usize) -> (Vec<[Place; 4]>, usize) {
+    let mut len = 0;
+    let mut take = |numbers: usize| {
+        len += numbers;
+        len - numbers
+    };
+    let places = (0..config.num_hidden_layers)
+        .map(|_| {
+            Stage::ALL.map(|stage| {
+                let shapes = stage.projections().iter().map(|projection| projection.shape(config));
+                let outputs = shapes.clone().map(|(out, _)| out).sum::<usize>();
+                let inputs = shapes.map(|(_, input)| input).max().unwrap_or(0);
+                Place {
+                    a: take(stage.projections().len() * rank * stride(inputs)),
+                    b: take(outputs.next_multiple_of(ROW_ALIGNMENT) * rank),
+                }
+            })
+        })
+        .collect();
+    (places, len)
+}
+
+/// Bytes that `adapters` take on the GPU.
+pub(crate) fn bytes_of(config: &LlamaConfig, adapters: &[&LoraAdapter]) -> usize {
+    let rank = rank_of(adapters.iter().copied());
+    places(config, rank).1 * adapters.len() * size_of::<f32>()
+}
+
 impl DeviceAdapters {
-    /// Copies `adapters` to the GPU; `None` where there are none.
+    /// Copies `adapters` to the GPU, for a group of `sets` sets; `None` where there are none.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) where they don't fit, [`Error::Cuda`](crate::Error::Cuda).
@@ -76,29 +108,13 @@ impl DeviceAdapters {
         stream: &Arc<CudaStream>,
         config: &LlamaConfig,
         adapters: &[&LoraAdapter],
+        sets: usize,
     ) -> Result<Option<Self>> {
         let rank = rank_of(adapters.iter().copied());
         if rank == 0 {
             return Ok(None);
         }
-        let mut len = 0;
-        let mut take = |numbers: usize| {
-            len += numbers;
-            len - numbers
-        };
-        let places: Vec<[Place; 4]> = (0..config.num_hidden_layers)
-            .map(|_| {
-                Stage::ALL.map(|stage| {
-                    let shapes = stage.projections().iter().map(|projection| projection.shape(config));
-                    let outputs = shapes.clone().map(|(out, _)| out).sum::<usize>();
-                    let inputs = shapes.map(|(_, input)| input).max().unwrap_or(0);
-                    Place {
-                        a: take(stage.projections().len() * rank * stride(inputs)),
-                        b: take(outputs.next_multiple_of(ROW_ALIGNMENT) * rank),
-                    }
-                })
-            })
-            .collect();
+        let (places, len) = places(config, rank);
         let mut arena = gpu.zeros::<f32>(stream, len * adapters.len(), "adapters")?;
         for (index, adapter) in adapters.iter().enumerate() {
             let mut numbers = vec![0.0; len];
@@ -129,7 +145,8 @@ impl DeviceAdapters {
             }
             gpu.write(stream, &mut arena, index * len, &numbers)?;
         }
-        Ok(Some(Self { rank, places, len, arena }))
+        let progress = gpu.zeros(stream, places.len() * Stage::ALL.len() * sets * 2, "adapters")?;
+        Ok(Some(Self { rank, places, len, arena, progress, sets }))
     }
 
     /// A of a stage of adapter 0.
@@ -140,6 +157,17 @@ impl DeviceAdapters {
     /// B of a stage of adapter 0.
     pub(crate) fn b(&self, layer: usize, stage: Stage) -> u64 {
         self.address(self.places[layer][stage as usize].b)
+    }
+
+    /// What the launch of a stage counts with: `(sets, 2)`.
+    pub(crate) fn progress(&self, layer: usize, stage: Stage) -> u64 {
+        let launch = layer * Stage::ALL.len() + stage as usize;
+        self.progress.address() + (launch * self.sets * 2 * size_of::<u32>()) as u64
+    }
+
+    /// Where the counters of all launches lie, and how many they are.
+    pub(crate) fn counters(&self) -> (u64, usize) {
+        (self.progress.address(), self.progress.len())
     }
 
     fn address(&self, number: usize) -> u64 {

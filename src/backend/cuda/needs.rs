@@ -4,6 +4,7 @@ use std::ops::Add;
 
 use super::buffers::memory_of;
 use super::device::Gpu;
+use super::lora::bytes_of;
 use super::memory::mib;
 use super::plan::Members;
 use super::weights::Layout;
@@ -29,7 +30,9 @@ impl Needs {
         let config = &all[first].config;
         let sets: Vec<_> = members.owners.iter().map(|&owner| &*all[owner].weights).collect();
         let layout = Layout::new(config, &sets, ensemble.vocab_size());
-        let weights = layout.bytes * sets.len();
+        let adapters: Vec<_> =
+            members.models.iter().filter_map(|&model| all[model].adapter.as_deref()).collect();
+        let weights = layout.bytes * sets.len() + bytes_of(config, &adapters);
         let (cache, activations) = memory_of(ensemble, &members, limits, layout.dtype);
         Self { weights, cache, activations, logits: 0 }
     }

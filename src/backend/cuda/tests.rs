@@ -5,6 +5,7 @@ mod bed;
 mod embed;
 mod fusion;
 mod lora;
+mod problem;
 mod projections;
 mod step;
 

@@ -27,7 +27,8 @@ pub(crate) fn stride(numbers: usize) -> usize {
     numbers.next_multiple_of(ROW_ALIGNMENT)
 }
 
-/// Where the tensors of a layer lie: bytes from the beginning of their set. Vectors are f32.
+/// Where the tensors of a layer lie: bytes from the beginning of their set. Vectors are f32. Those of RMSNorm have zeros up
+/// to their stride, and then the set's ε.
 #[derive(Clone, Debug)]
 pub(crate) struct LayerLayout {
     /// `(hidden_size,)`
@@ -90,6 +91,10 @@ impl Cursor {
         self.take(len * size_of::<f32>())
     }
 
+    fn norm(&mut self, len: usize) -> usize {
+        self.vector(stride(len) + 1)
+    }
+
     fn bias(&mut self, len: usize, any: bool) -> Option<usize> {
         any.then(|| self.vector(len))
     }
@@ -110,7 +115,7 @@ impl Layout {
         let embed_tokens = cursor.matrix(embeddings.copied().unwrap_or(vocab_size), hidden);
         let layers = (0..config.num_hidden_layers)
             .map(|layer| LayerLayout {
-                input_layernorm: cursor.vector(hidden),
+                input_layernorm: cursor.norm(hidden),
                 qkv: cursor.matrix(qkv, hidden),
                 qkv_bias: cursor.bias(
                     qkv,
@@ -122,7 +127,7 @@ impl Layout {
                 ),
                 o_proj: cursor.matrix(hidden, queries),
                 o_bias: cursor.bias(hidden, any(layer, |layer| layer.o_proj.bias.is_some())),
-                post_attention_layernorm: cursor.vector(hidden),
+                post_attention_layernorm: cursor.norm(hidden),
                 gate_up: cursor.matrix(2 * intermediate, hidden),
                 gate_up_bias: cursor.bias(
                     2 * intermediate,
@@ -132,7 +137,7 @@ impl Layout {
                 down_bias: cursor.bias(hidden, any(layer, |layer| layer.down_proj.bias.is_some())),
             })
             .collect();
-        let norm = cursor.vector(hidden);
+        let norm = cursor.norm(hidden);
         let lm_head = if tied { embed_tokens } else { cursor.matrix(vocab_size, hidden) };
         Self { dtype: cursor.dtype, embed_tokens, layers, norm, lm_head, bytes: cursor.bytes }
     }
@@ -159,7 +164,7 @@ pub(crate) struct DeviceWeights {
 }
 
 impl DeviceWeights {
-    /// Copies `sets` to the GPU; `progress` gets bytes as they go.
+    /// Copies `sets` to the GPU, each with its `rms_norm_eps`; `progress` gets bytes as they go.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) where they don't fit, [`Error::Cuda`](crate::Error::Cuda).
@@ -167,19 +172,21 @@ impl DeviceWeights {
         gpu: &Gpu,
         stream: &Arc<CudaStream>,
         config: &LlamaConfig,
-        sets: &[&LlamaWeights],
+        sets: &[(&LlamaWeights, f32)],
         vocab_size: usize,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Self> {
-        let layout = Layout::new(config, sets, vocab_size);
+        let weights: Vec<&LlamaWeights> = sets.iter().map(|(weights, _)| *weights).collect();
+        let layout = Layout::new(config, &weights, vocab_size);
         let mut arena = gpu.zeros::<u8>(stream, layout.bytes * sets.len(), "weights")?;
         let mut uploader = Uploader::new(gpu, stream, progress)?;
-        for (index, set) in sets.iter().enumerate() {
+        for (index, &(set, eps)) in sets.iter().enumerate() {
             let mut target = SetTarget {
                 uploader: &mut uploader,
                 arena: &mut arena,
                 first: index * layout.bytes,
                 dtype: layout.dtype,
+                eps: Tensor::from_f32(Dtype::F32, &[1], &[eps])?,
             };
             target.put(set, &layout, vocab_size)?;
         }
@@ -209,6 +216,8 @@ struct SetTarget<'a, 'u> {
     arena: &'a mut Buffer<u8>,
     first: usize,
     dtype: Dtype,
+    /// ε, `(1,)`
+    eps: Tensor,
 }
 
 impl SetTarget<'_, '_> {
@@ -216,19 +225,19 @@ impl SetTarget<'_, '_> {
         self.matrices(layout.embed_tokens, &[&set.embed_tokens], usize::MAX)?;
         for (layer, at) in set.layers.iter().zip(&layout.layers) {
             let qkv = [&layer.q_proj, &layer.k_proj, &layer.v_proj];
-            self.vector(at.input_layernorm, &layer.input_layernorm)?;
+            self.norm(at.input_layernorm, &layer.input_layernorm)?;
             self.matrices(at.qkv, &qkv.map(|linear| &linear.weight), usize::MAX)?;
             self.biases(at.qkv_bias, &qkv)?;
             self.matrices(at.o_proj, &[&layer.o_proj.weight], usize::MAX)?;
             self.biases(at.o_bias, &[&layer.o_proj])?;
-            self.vector(at.post_attention_layernorm, &layer.post_attention_layernorm)?;
+            self.norm(at.post_attention_layernorm, &layer.post_attention_layernorm)?;
             let gate_up = [&layer.gate_proj, &layer.up_proj];
             self.matrices(at.gate_up, &gate_up.map(|linear| &linear.weight), usize::MAX)?;
             self.biases(at.gate_up_bias, &gate_up)?;
             self.matrices(at.down_proj, &[&layer.down_proj.weight], usize::MAX)?;
             self.biases(at.down_bias, &[&layer.down_proj])?;
         }
-        self.vector(layout.norm, &set.norm)?;
+        self.norm(layout.norm, &set.norm)?;
         if layout.is_tied() { Ok(()) } else { self.matrices(layout.lm_head, &[&set.lm_head], vocab_size) }
     }
 
@@ -249,6 +258,13 @@ impl SetTarget<'_, '_> {
     fn vector(&mut self, offset: usize, tensor: &Tensor) -> Result<()> {
         let len = tensor.shape().iter().product();
         self.uploader.rows(self.arena, self.first + offset, tensor, (1, len), (Dtype::F32, len))
+    }
+
+    fn norm(&mut self, offset: usize, weight: &Tensor) -> Result<()> {
+        self.vector(offset, weight)?;
+        let len: usize = weight.shape().iter().product();
+        let at = self.first + offset + stride(len) * size_of::<f32>();
+        self.uploader.rows(self.arena, at, &self.eps, (1, 1), (Dtype::F32, 1))
     }
 
     /// The biases of projections that are one matrix; a missing one among them stays zero.

@@ -1,86 +1,110 @@
-//! lora.cu: A x of each row's adapter, after RMSNorm or without.
+//! lora.cuh: the blocks of a projection that compute A x, and those that wait for them. (The numbers themselves are
+//! checked wherever a projection has adapters: see `Problem::project`.)
 
-use super::bed::{Arena, Bed, Found, Rng, Sum, assert_noticed, firsts, padded, sets_of};
-use crate::backend::cuda::device::Grid;
-use crate::backend::cuda::kernels::{LoraArgs, WARPS};
+use super::bed::{Bed, Found, assert_noticed};
+use super::problem::{Case, Problem};
+use super::projections::{qkv, residual};
+use crate::backend::cuda::kernels::IntoArgs;
 use crate::backend::cuda::weights::stride;
+use crate::weights::Dtype;
 
-const EPS: f32 = 1e-6;
-const NO_ADAPTER: u32 = u32::MAX;
+/// Several producers and tiles.
+const CASE: Case = Case { dtype: Dtype::Bf16, rows: &[3, 4], cols: 300, bias: true, rank: 24 };
+const N: usize = 130;
 
-/// `outputs` numbers for each row of `rows` rows a set; three adapters by turns, and none.
-fn lora_down(bed: &Bed, rows: &[usize], (outputs, cols): (usize, usize), normed: bool) -> Found {
-    let rng = &mut Rng((outputs * 1000 + cols) as u64);
-    let (set_of, width) = (sets_of(rows), stride(cols));
-    let mut arena = Arena::default();
-    let mut norms = Vec::new();
-    for _ in rows {
-        norms.push(arena.vector(rng, cols));
-        arena.end();
+type Test = fn(&Bed) -> Found;
+
+/// Instructions of a launch here, and then some: who waits for ever is stopped there.
+const ENOUGH: u64 = 1_000_000;
+
+#[test]
+fn blocks_come_in_any_order() {
+    for seed in 0..12 {
+        let bed = Bed::new();
+        bed.device.seed(seed);
+        residual(&bed, CASE, N).unwrap();
+        // More numbers than producers have warps; a set without rows.
+        qkv(&bed, Case { rows: &[16, 0, 9], rank: 40, ..CASE }, (3, 1, 10)).unwrap();
     }
-    let set_stride = arena.bytes.len() / rows.len();
-    let x = rng.numbers(set_of.len() * cols);
-    let a: Vec<Vec<f32>> = (0..3).map(|_| rng.numbers(outputs * cols)).collect();
-    let adapter: Vec<u32> = (0..set_of.len()).map(|row| [2, NO_ADAPTER, 0, 1][row % 4]).collect();
-    let (x_at, a_at) = (bed.put(&padded(&x, cols, 0.0)), bed.put(&padded(&a.concat(), cols, 0.0)));
-    let (bytes, lists) = (bed.put(&arena.bytes), [bed.put(&adapter), bed.put(&firsts(rows))]);
-    let t = bed.fresh(set_of.len() * outputs);
-    let args = LoraArgs {
-        x: x_at.address(),
-        norm: if normed { bytes.address() + norms[0].0 } else { 0 },
-        a: a_at.address(),
-        t: t.address(),
-        adapter: lists[0].address(),
-        set_first: lists[1].address(),
-        set_stride: set_stride as u64,
-        lora_stride: (outputs * width * size_of::<f32>()) as u64,
-        outputs: outputs as u32,
-        stride: width as u32,
-        cols: cols as u32,
-        sets: rows.len() as u32,
-        eps: EPS,
-    };
-    let blocks = (outputs.div_ceil(WARPS) as u32, set_of.len() as u32, 1);
-    let grid = Grid { blocks, threads: (256, 1, 1), shared: 0 };
-    let kernel = bed.gpu.kernel("lora", "lora_down").unwrap();
-    bed.launch(&kernel, grid, &args)?;
-    t.check(bed, &(rows, outputs, cols, normed), |at| {
-        let (row, j) = (at / outputs, at % outputs);
-        let of_adapter = a.get(adapter[row] as usize)?;
-        let norm = &norms[set_of[row]].1;
-        let (mut sum, mut squares) = (Sum::default(), 0.0);
-        for (k, x) in x[row * cols..][..cols].iter().enumerate() {
-            let (x, a) = (f64::from(*x), f64::from(of_adapter[j * cols + k]));
-            sum.add(a * x * if normed { f64::from(norm[k]) } else { 1.0 });
-            squares += x * x;
-        }
-        if normed {
-            sum = sum.times((squares / cols as f64 + f64::from(EPS)).sqrt().recip());
-        }
-        // Four products each 128 columns along a lane, five steps over the lanes; x · norm; the squares, four and one
-        // each 128 columns and five, halved by the root; mean, ε, root, reciprocal, the scaling.
-        let steps = cols.div_ceil(128);
-        Some(sum.rounded(4 * steps + 5 + 1 + (5 * steps + 5).div_ceil(2) + 5))
-    })
+}
+
+/// The residual projection, whose counters begin at `begun` blocks; what they end at.
+fn count_from(bed: &Bed, begun: impl Fn(u32) -> [u32; 2]) -> Result<(u32, Vec<u32>), String> {
+    let case = Case { rows: &[4], ..CASE };
+    let mut problem = Problem::new(bed, case, (N, 1, false));
+    let producers = problem.product.producers_for(problem.most, bed.gpu.multiprocessors());
+    let progress = bed.put(&begun(producers));
+    problem.product.progress = progress.address();
+    let width = stride(N);
+    let hidden = bed.output(&problem.rng.numbers(problem.rows() * width));
+    let kernels = problem.kernels(bed);
+    problem.launch(bed, &kernels.residual, N.div_ceil(4), |product| IntoArgs {
+        product,
+        to: hidden.address(),
+        to_stride: width as u32,
+    })?;
+    Ok((producers, bed.back(&progress)?))
 }
 
 #[test]
-fn every_adapter_of_every_row() {
+fn each_block_takes_a_ticket_and_each_producer_counts() {
     let bed = Bed::new();
-    let widths = [1, 8, 44, 129, 1000];
-    for (index, rows) in [&[1][..], &[5], &[2, 0, 7], &[16], &[1, 1, 1, 1, 9]].into_iter().enumerate() {
-        for (turn, outputs) in [8, 24, 40, 120].into_iter().enumerate() {
-            for normed in [false, true] {
-                lora_down(&bed, rows, (outputs, widths[(index + turn) % widths.len()]), normed).unwrap();
-            }
+    let (producers, progress) = count_from(&bed, |_| [0, 0]).unwrap();
+    // A warp for each number of A x, and a block for each tile.
+    assert_eq!(producers, (4 * 24 / 8) as u32);
+    assert_eq!(progress, [producers + N.div_ceil(32) as u32, producers]);
+}
+
+#[test]
+fn the_others_wait_for_the_last_producer() {
+    // As if all producers had begun, and one were not done yet: it never will be.
+    let bed = Bed::new();
+    bed.device.budget(ENOUGH);
+    let error = count_from(&bed, |producers| [producers, producers - 1]).unwrap_err();
+    assert!(error.contains("stopped"), "{error}");
+    let bed = Bed::new();
+    count_from(&bed, |producers| [producers, producers]).unwrap();
+}
+
+#[test]
+fn a_missing_piece_of_the_order_is_noticed() {
+    let changes = [
+        // The barrier that gathers a producer's warps, its fence; the look at the counter, and the fence behind it.
+        ("bar.sync", 1, ""),
+        ("membar", 0, ""),
+        ("ld.volatile.global", 0, "ld.global"),
+        ("membar", 1, ""),
+        // The barrier between the tickets' arrival and their use, and a ticket that doesn't count on.
+        ("bar.sync", 0, ""),
+        ("atom.global.add*, 1;", 0, ", 0;"),
+        // A producer that doesn't count.
+        ("atom.global.add*, 1;", 1, ", 0;"),
+    ];
+    let tests: [(&str, Test); 2] = [
+        ("residual_bf16_4", |bed| residual(bed, CASE, N)),
+        ("qkv_bf16_16", |bed| qkv(bed, Case { rows: &[2, 11], ..CASE }, (3, 1, 10))),
+    ];
+    for (kernel, test) in tests {
+        let bed = Bed::new();
+        bed.device.budget(ENOUGH);
+        test(&bed).unwrap();
+        for (find, nth, replacement) in changes {
+            let bed = Bed::new();
+            bed.device.budget(ENOUGH);
+            bed.device.mutate(kernel, find, nth, replacement);
+            let found = test(&bed);
+            assert!(bed.device.mutations() > 0, "{kernel} has no {find} {nth}");
+            assert!(found.is_err(), "{kernel} without {find} {nth} went unnoticed");
         }
     }
 }
 
 #[test]
 fn a_wrong_number_is_noticed() {
-    let numbers = [(48, "set_stride"), (56, "lora_stride"), (64, "outputs"), (68, "stride"), (72, "cols")];
-    for (at, name) in numbers {
-        assert_noticed("lora_down", at, name, |bed| lora_down(bed, &[3, 5], (24, 44), true));
+    // One tile: a producer more is one that computes no output.
+    assert_noticed("residual_bf16_4", 116, "producers", |bed| residual(bed, CASE, 30));
+    for (at, name) in [(80, "lora_stride"), (92, "cols"), (96, "stride"), (108, "rank"), (112, "segments")] {
+        let case = Case { rows: &[17, 2], ..CASE };
+        assert_noticed("split_rows_bf16", at, name, |bed| qkv(bed, case, (3, 1, 10)));
     }
 }

@@ -1,275 +1,14 @@
 //! projections.cuh: each of the four kernels, in every dtype and for every number of rows.
 
-use half::{bf16, f16};
-
-use super::bed::{
-    Arena, Bed, DTYPES, Found, Near, ROUNDING, Rng, Sum, assert_noticed, firsts, padded, sets_of,
-};
-use crate::backend::cuda::device::Grid;
-use crate::backend::cuda::kernels::{
-    IntoArgs, Kernels, LmHeadArgs, MOST_ROWS, PANEL, Product, Projections, QkvArgs, SplitArgs, WARPS,
-    WIDE_ROWS, WIDE_UNITS, staging,
-};
-use crate::backend::cuda::memory::Buffer;
+use super::bed::{Bed, DTYPES, Found, Near, ROUNDING, assert_noticed, firsts};
+use super::problem::{Case, Problem};
+use crate::backend::cuda::kernels::{IntoArgs, LmHeadArgs, QkvArgs};
 use crate::backend::cuda::weights::stride;
 use crate::kv_cache::BLOCK_SIZE;
 use crate::weights::Dtype;
 
-const NO_ADAPTER: u32 = u32::MAX;
-const EPS: f32 = 1e-5;
-
-/// What a projection is given.
-#[derive(Clone, Copy, Debug)]
-struct Case {
-    dtype: Dtype,
-    /// Of each set.
-    rows: &'static [usize],
-    cols: usize,
-    bias: bool,
-    /// Of two adapters, which rows have by turns; 0 for none.
-    rank: usize,
-}
-
-/// One set's tensors as they are stored.
-struct Set {
-    weights: Vec<f32>,
-    bias: Vec<f32>,
-    norm: Vec<f32>,
-}
-
-/// One adapter's B, `(n, rank)`.
-type LoraB = Vec<f32>;
-
-/// A case on the GPU, and in numbers.
-struct Problem {
-    case: Case,
-    segments: usize,
-    norm: bool,
-    x: Vec<f32>,
-    sets: Vec<Set>,
-    set_of: Vec<usize>,
-    /// The rows that are computed, set by set.
-    indices: Vec<u32>,
-    /// Of the set that has the most of them.
-    most: usize,
-    adapter: Vec<u32>,
-    lora_b: Vec<LoraB>,
-    lora_t: Vec<f32>,
-    product: Product,
-    rng: Rng,
-    /// What the addresses in `product` are of.
-    _alive: (Buffer<u8>, [Buffer<f32>; 3], [Buffer<u32>; 2]),
-}
-
-impl Problem {
-    /// `n` outputs of `segments` stacked projections.
-    fn new(bed: &Bed, case: Case, (n, segments, norm): (usize, usize, bool)) -> Self {
-        let Case { dtype, rows, cols, bias, rank } = case;
-        let mut rng = Rng((n * 7919 + cols * 31 + rank) as u64 + rows.len() as u64);
-        let (mut arena, mut sets, mut places) = (Arena::default(), Vec::new(), [0; 3]);
-        for set in 0..rows.len() {
-            let (weights, biases, norms) = (
-                arena.matrix(&mut rng, dtype, n, cols),
-                arena.vector(&mut rng, n),
-                arena.vector(&mut rng, cols),
-            );
-            arena.end();
-            if set == 0 {
-                places = [weights.0, biases.0, norms.0];
-            }
-            sets.push(Set { weights: weights.1, bias: biases.1, norm: norms.1 });
-        }
-        let set_stride = arena.bytes.len() / rows.len();
-        let set_of = sets_of(rows);
-        let indices = (0..set_of.len() as u32).collect();
-        let most = rows.iter().max().copied().unwrap_or(0);
-        let x = rng.numbers(set_of.len() * cols);
-        let lora_b: Vec<LoraB> = (0..2).map(|_| rng.numbers(n * rank)).collect();
-        let lora_t = rng.numbers(set_of.len() * segments * rank);
-        let adapter: Vec<u32> = (0..set_of.len()).map(|row| [1, NO_ADAPTER, 0][row % 3]).collect();
-        let bytes = bed.put(&arena.bytes);
-        let f32s = [bed.put(&padded(&x, cols, 0.0)), bed.put(&lora_b.concat()), bed.put(&lora_t)];
-        let u32s = [bed.put(&firsts(rows)), bed.put(&adapter)];
-        let product = Product {
-            x: f32s[0].address(),
-            weights: bytes.address() + places[0],
-            bias: if bias { bytes.address() + places[1] } else { 0 },
-            norm: if norm { bytes.address() + places[2] } else { 0 },
-            set_first: u32s[0].address(),
-            rows: 0,
-            lora_b: if rank > 0 { f32s[1].address() } else { 0 },
-            lora_t: f32s[2].address(),
-            adapter: u32s[1].address(),
-            set_stride: set_stride as u64,
-            lora_stride: (n * rank * size_of::<f32>()) as u64,
-            n: n as u32,
-            cols: cols as u32,
-            stride: stride(cols) as u32,
-            skip: 0,
-            chunk: 0,
-            rank: rank as u32,
-            segments: segments as u32,
-            eps: EPS,
-        };
-        let _alive = (bytes, f32s, u32s);
-        Self {
-            case,
-            segments,
-            norm,
-            x,
-            sets,
-            set_of,
-            indices,
-            most,
-            adapter,
-            lora_b,
-            lora_t,
-            product,
-            rng,
-            _alive,
-        }
-    }
-
-    fn rows(&self) -> usize {
-        self.set_of.len()
-    }
-
-    /// Whether tensor cores compute it.
-    fn is_wide(&self) -> bool {
-        self.case.dtype != Dtype::F32 && self.most > MOST_ROWS
-    }
-
-    /// Output `n` of a row, which belongs to this segment.
-    fn y(&self, row: usize, n: usize, segment: usize) -> Sum {
-        let (cols, rank) = (self.case.cols, self.case.rank);
-        let set = &self.sets[self.set_of[row]];
-        let x = &self.x[row * cols..][..cols];
-        let (mut sum, mut squares) = (Sum::default(), 0.0);
-        for ((x, w), norm) in x.iter().zip(&set.weights[n * cols..][..cols]).zip(&set.norm) {
-            let (x, norm) = (f64::from(*x), if self.norm { f64::from(*norm) } else { 1.0 });
-            sum.add(x * f64::from(*w) * norm);
-            squares += x * x;
-        }
-        if self.norm {
-            sum = sum.times((squares / cols as f64 + f64::from(EPS)).sqrt().recip());
-        }
-        let adapter = self.adapter[row] as usize;
-        if rank > 0 && self.adapter[row] != NO_ADAPTER {
-            let t = &self.lora_t[(row * self.segments + segment) * rank..][..rank];
-            let b = &self.lora_b[adapter][n * rank..][..rank];
-            b.iter().zip(t).for_each(|(b, t)| sum.add(f64::from(*b) * f64::from(*t)));
-        }
-        if self.case.bias {
-            sum.add(f64::from(set.bias[n]));
-        }
-        sum
-    }
-
-    /// Roundings of a term on its way into y: eight products a panel along a lane, five steps over the lanes; x · norm;
-    /// the squares, whose relative error is halved by the root (eight a panel half, five over the lanes, one a panel);
-    /// mean, ε, root, reciprocal, the scaling; B t of up to 32 steps; two more additions.
-    ///
-    /// On tensor cores: two sums of each 16 columns, which may be cut off instead of rounded; what two 16-bit numbers
-    /// lose, 2⁻¹⁶ in bf16 and 2⁻²² in f16; the squares along 128 lanes; B t in one go; and the rest as above.
-    fn roundings(&self) -> usize {
-        let Case { dtype, cols, rank, .. } = self.case;
-        if self.is_wide() {
-            let split = if dtype == Dtype::Bf16 { 256 } else { 4 };
-            return 4 * cols.div_ceil(16) + split + 1 + (4 * cols.div_ceil(512) + 8) / 2 + 5 + rank + 2;
-        }
-        let panels = cols.div_ceil(PANEL);
-        8 * panels + 5 + 1 + (8 + 5 + panels) / 2 + 5 + rank.div_ceil(32) + 5 + 2
-    }
-
-    /// What `Group::project` launches.
-    fn project<A: cudarc::driver::DeviceRepr>(
-        &self,
-        bed: &Bed,
-        projections: &Projections,
-        units: usize,
-        args: impl Fn(Product) -> A,
-    ) -> Found {
-        let (mut product, sets) = (self.product, self.sets.len() as u32);
-        if let Some(kernel) = projections.wide(self.most) {
-            let split = bed.fresh(self.indices.len() * (product.stride as usize + 4));
-            let grid = Grid { blocks: (self.indices.len() as u32, 1, 1), threads: (128, 1, 1), shared: 0 };
-            let split_rows = self.kernels(bed).split_rows.ok_or("no split_rows")?;
-            bed.launch(&split_rows, grid, &SplitArgs { product, to: split.address() })?;
-            self.check_split(&split.numbers(bed)?)?;
-            product.x = split.address();
-            let blocks = (self.most.div_ceil(WIDE_ROWS) as u32, units.div_ceil(WIDE_UNITS) as u32, sets);
-            return bed.launch(kernel, Grid { blocks, threads: (256, 1, 1), shared: 0 }, &args(product));
-        }
-        let tiles = units.div_ceil(WARPS);
-        for skip in (0..self.most).step_by(MOST_ROWS) {
-            let (kernel, most) = projections.few(self.most - skip);
-            let (chunk, shared) = staging(most, product.stride as usize);
-            product.skip = skip as u32;
-            product.chunk = chunk as u32;
-            let blocks = tiles.min(2 * bed.gpu.multiprocessors()).max(1);
-            let grid = Grid {
-                blocks: (blocks as u32, 1, sets),
-                threads: (WARPS as u32 * 32, 1, 1),
-                shared: shared as u32,
-            };
-            bed.launch(kernel, grid, &args(product))?;
-        }
-        Ok(())
-    }
-
-    /// What `split_rows` wrote for each index: (high + low) · factor is the row, normalised.
-    fn check_split(&self, split: &[f32]) -> Found {
-        let (cols, width) = (self.case.cols, self.product.stride as usize);
-        for (&row, split) in self.indices.iter().zip(split.chunks(width + 4)) {
-            let halves: Vec<f64> = split.iter().flat_map(|pair| self.halves(*pair)).collect();
-            let factor = f64::from(split[width]);
-            let x = &self.x[row as usize * cols..][..cols];
-            let squares: f64 = x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
-            let scale = (squares / cols as f64 + f64::from(EPS)).sqrt().recip();
-            let exact = |k: usize| match (x.get(k), self.norm) {
-                (None, _) => 0.0,
-                (Some(x), false) => f64::from(*x),
-                (Some(x), true) => {
-                    f64::from(*x) * f64::from(self.sets[self.set_of[row as usize]].norm[k]) * scale
-                }
-            };
-            // What the low half loses of a number, or of the row's largest in f16, whose smallest step is 2⁻²⁴ where the
-            // largest number is 2¹⁴; and the roundings of x · norm and of the factor, as in `roundings`.
-            let largest = (0..cols).map(|k| exact(k).abs()).fold(0.0, f64::max);
-            let lost = if self.case.dtype == Dtype::Bf16 { 256.0 } else { 4.0 };
-            let roundings = lost + 1.0 + (4 * cols.div_ceil(512) + 8) as f64 / 2.0 + 5.0;
-            for k in 0..width {
-                let found = (halves[k] + halves[width + k]) * factor;
-                let most = roundings * ROUNDING * exact(k).abs() + largest * 2.0_f64.powi(-38);
-                let near = (found - exact(k)).abs() <= most;
-                if !near {
-                    return Err(format!(
-                        "{:?}: split {k} of row {row} is {found}, not {}",
-                        self.case,
-                        exact(k)
-                    ));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The two 16-bit numbers that lie where an f32 would.
-    fn halves(&self, pair: f32) -> [f64; 2] {
-        let bits = pair.to_bits();
-        [bits as u16, (bits >> 16) as u16].map(|bits| match self.case.dtype {
-            Dtype::Bf16 => bf16::from_bits(bits).to_f64(),
-            _ => f16::from_bits(bits).to_f64(),
-        })
-    }
-
-    fn kernels(&self, bed: &Bed) -> Kernels {
-        Kernels::load(&bed.gpu, self.case.dtype, 1, 64).unwrap()
-    }
-}
-
 /// The output projection, and that of the feed-forward: hidden += W x + b.
-fn residual(bed: &Bed, case: Case, n: usize) -> Found {
+pub(super) fn residual(bed: &Bed, case: Case, n: usize) -> Found {
     let mut problem = Problem::new(bed, case, (n, 1, false));
     let width = stride(n);
     let before = problem.rng.numbers(problem.rows() * width);
@@ -357,12 +96,14 @@ fn lm_head(bed: &Bed, case: Case, vocab_size: usize) -> Found {
 type Heads = (usize, usize, usize);
 
 /// RMSNorm, queries, keys and values, RoPE, and the cache.
-fn qkv(bed: &Bed, case: Case, (heads, kv_heads, head_dim): Heads) -> Found {
+pub(super) fn qkv(bed: &Bed, case: Case, (heads, kv_heads, head_dim): Heads) -> Found {
     const POSITIONS: usize = 70;
     let outputs = (heads + 2 * kv_heads) * head_dim;
     let mut problem = Problem::new(bed, case, (outputs, 3, true));
     let (rows, half, models) = (problem.rows(), head_dim / 2, case.rows.len());
-    let angles: Vec<f32> = problem.rng.numbers(POSITIONS * half);
+    // Each set rotates by a table of its own.
+    let of_set = POSITIONS * half;
+    let angles: Vec<f32> = problem.rng.numbers(models * of_set);
     let [cos, sin] = [f32::cos, f32::sin].map(|f| angles.iter().map(|&x| f(x)).collect::<Vec<f32>>());
     // A block for each row, in no order; the rest of the tables names blocks that there aren't.
     let table_stride = POSITIONS / BLOCK_SIZE + 1;
@@ -393,6 +134,7 @@ fn qkv(bed: &Bed, case: Case, (heads, kv_heads, head_dim): Heads) -> Found {
         model: lists[2].address(),
         block_tables: lists[3].address(),
         model_stride: (of_model * size_of::<f32>()) as u64,
+        angle_stride: (of_set * size_of::<f32>()) as u64,
         query_stride: query_stride as u32,
         table_stride: table_stride as u32,
         heads: heads as u32,
@@ -405,7 +147,7 @@ fn qkv(bed: &Bed, case: Case, (heads, kv_heads, head_dim): Heads) -> Found {
         if segment == 2 {
             return y(i).rounded(problem.roundings());
         }
-        let angle = position[row] as usize * half + i % half;
+        let angle = problem.set_of[row] * of_set + position[row] as usize * half + i % half;
         let (c, s) = (f64::from(cos[angle]), f64::from(sin[angle]));
         let s = if i < half { -s } else { s };
         // A product and a sum more.
@@ -534,10 +276,16 @@ fn a_wrong_number_is_noticed() {
             assert_noticed("lm_head_bf16_4", PRODUCT + at, name, |bed| lm_head(bed, case, 111));
         }
     }
-    for (at, name) in [(184, "model_stride"), (192, "query_stride"), (196, "table_stride"), (200, "heads")] {
+    for (at, name) in [
+        (200, "model_stride"),
+        (208, "angle_stride"),
+        (216, "query_stride"),
+        (220, "table_stride"),
+        (224, "heads"),
+    ] {
         assert_noticed("qkv_bf16_4", at, name, |bed| qkv(bed, CASE, (3, 1, 10)));
     }
-    for (at, name) in [(72, "set_stride"), (80, "lora_stride"), (204, "kv_heads"), (208, "head_dim")] {
+    for (at, name) in [(72, "set_stride"), (80, "lora_stride"), (228, "kv_heads"), (232, "head_dim")] {
         assert_noticed("qkv_bf16_4", at, name, |bed| qkv(bed, CASE, (3, 1, 10)));
     }
 }
@@ -546,10 +294,10 @@ fn a_wrong_number_is_noticed() {
 fn a_wrong_number_is_noticed_on_tensor_cores() {
     const CASE: Case = Case { dtype: Dtype::Bf16, rows: &[18, 20], cols: 44, bias: true, rank: 8 };
     let of_qkv = [(72, "set_stride"), (80, "lora_stride"), (96, "stride"), (108, "rank"), (112, "segments")];
-    for (at, name) in of_qkv.into_iter().chain([(200, "heads"), (204, "kv_heads"), (208, "head_dim")]) {
+    for (at, name) in of_qkv.into_iter().chain([(224, "heads"), (228, "kv_heads"), (232, "head_dim")]) {
         assert_noticed("qkv_wide_bf16", at, name, |bed| qkv(bed, CASE, (3, 1, 10)));
     }
-    for (kernel, at, name) in [("residual_wide_bf16", 88, "n"), ("residual_wide_bf16", 128, "hidden_stride")]
+    for (kernel, at, name) in [("residual_wide_bf16", 88, "n"), ("residual_wide_bf16", 144, "hidden_stride")]
     {
         assert_noticed(kernel, at, name, |bed| residual(bed, CASE, 30));
     }
