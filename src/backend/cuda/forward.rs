@@ -477,12 +477,14 @@ impl Group {
     ) -> Result<()> {
         let tiles = units.div_ceil(WIDE_UNITS);
         let wide = projections.wide(rows.most).filter(|_| tiles <= MOST_BLOCKS_Y);
-        if let (Some(kernel), Some(split)) = (wide, &self.kernels.split_rows) {
+        if let Some(kernel) = wide {
             let to = self.buffers.split.address();
             let grid = Grid { blocks: (u32_of(rows.all), 1, 1), threads: (128, 1, 1), shared: 0 };
             // SAFETY: a row for each index of the lists; `split` has as many, as wide as the widest input (see
             // `Sizes::new`).
-            unsafe { self.gpu.launch(&self.stream, split, grid, &SplitArgs { product, to }) }?;
+            unsafe {
+                self.gpu.launch(&self.stream, &self.kernels.split_rows, grid, &SplitArgs { product, to })
+            }?;
             product.x = to;
             let blocks = (u32_of(rows.most.div_ceil(WIDE_ROWS)), u32_of(tiles), self.sets());
             let grid = Grid { blocks, threads: (256, 1, 1), shared: 0 };

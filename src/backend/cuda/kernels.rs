@@ -219,10 +219,10 @@ unsafe impl DeviceRepr for AdvanceArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for StampArgs {}
 
-/// One projection: for each number of rows, and for more on tensor cores where the weights have 16 bits.
+/// One projection: for each number of rows, and for more on tensor cores.
 pub(crate) struct Projections {
     few: [Kernel; 4],
-    wide: Option<Kernel>,
+    wide: Kernel,
 }
 
 impl Projections {
@@ -233,8 +233,8 @@ impl Projections {
             Dtype::Bf16 => "gemv_bf16",
         };
         let [a, b, c, d] = ROWS.map(|rows| gpu.kernel(module, &format!("{name}_{dtype}_{rows}")));
-        let wide = wide_module(dtype).map(|module| gpu.kernel(module, &format!("{name}_wide_{dtype}")));
-        Ok(Self { few: [a?, b?, c?, d?], wide: wide.transpose()? })
+        let wide = gpu.kernel(wide_module(dtype), &format!("{name}_wide_{dtype}"))?;
+        Ok(Self { few: [a?, b?, c?, d?], wide })
     }
 
     /// The kernel for `rows` rows, at most [`MOST_ROWS`], and its M.
@@ -245,17 +245,23 @@ impl Projections {
 
     /// The kernel on tensor cores, where `rows` are so many that it is used.
     pub(crate) fn wide(&self, rows: usize) -> Option<&Kernel> {
-        self.wide.as_ref().filter(|_| rows > MOST_ROWS)
+        (rows > MOST_ROWS).then_some(&self.wide)
     }
 }
 
-/// The image of the products on tensor cores. There is none for f32, whose weights would have to be split as well.
-pub(crate) fn wide_module(dtype: Dtype) -> Option<&'static str> {
+/// The image of the products on tensor cores.
+fn wide_module(dtype: Dtype) -> &'static str {
     match dtype {
-        Dtype::F32 => None,
-        Dtype::F16 => Some("gemm_f16"),
-        Dtype::Bf16 => Some("gemm_bf16"),
+        Dtype::F32 => "gemm_f32",
+        Dtype::F16 => "gemm_f16",
+        Dtype::Bf16 => "gemm_bf16",
     }
+}
+
+/// Words of 32 bits of a row as tensor cores take it, see `split_rows` in gemm_projections.cuh: two numbers of the
+/// weights' type for each column, and sixteen bytes.
+pub(crate) fn split_words(dtype: Dtype, stride: usize) -> usize {
+    2 * stride * dtype.size() / size_of::<u32>() + 4
 }
 
 /// Panels that fit shared memory at once for M rows of `stride` columns, and the shared memory of that, in bytes.
@@ -274,7 +280,7 @@ pub(crate) struct Kernels {
     pub(crate) gate_up: Projections,
     pub(crate) lm_head: Projections,
     /// Prepares rows for tensor cores.
-    pub(crate) split_rows: Option<Kernel>,
+    pub(crate) split_rows: Kernel,
     /// With the query heads of a block.
     pub(crate) attention: (Kernel, usize),
     pub(crate) merge: Kernel,
@@ -293,9 +299,7 @@ impl Kernels {
             residual: Projections::load(gpu, "residual", dtype)?,
             gate_up: Projections::load(gpu, "gate_up", dtype)?,
             lm_head: Projections::load(gpu, "lm_head", dtype)?,
-            split_rows: wide_module(dtype)
-                .map(|module| gpu.kernel(module, &format!("split_rows_{dtype}")))
-                .transpose()?,
+            split_rows: gpu.kernel(wide_module(dtype), &format!("split_rows_{dtype}"))?,
             attention: (gpu.kernel("attention", &format!("attention_{heads}"))?, heads),
             merge: gpu.kernel("attention", "attention_merge")?,
             attention_wide: head_dim

@@ -1,6 +1,7 @@
 //! projections.cuh: each of the four kernels, in every dtype and for every number of rows.
 
 use half::{bf16, f16};
+use virtual_gpu::exec::Accumulate;
 
 use super::bed::{
     Arena, Bed, DTYPES, Found, Near, ROUNDING, Rng, Sum, assert_noticed, firsts, padded, sets_of,
@@ -8,7 +9,7 @@ use super::bed::{
 use crate::backend::cuda::device::Grid;
 use crate::backend::cuda::kernels::{
     IntoArgs, Kernels, LmHeadArgs, MOST_ROWS, PANEL, Product, Projections, QkvArgs, SplitArgs, WARPS,
-    WIDE_ROWS, WIDE_UNITS, staging,
+    WIDE_ROWS, WIDE_UNITS, split_words, staging,
 };
 use crate::backend::cuda::memory::Buffer;
 use crate::backend::cuda::weights::stride;
@@ -17,6 +18,10 @@ use crate::weights::Dtype;
 
 const NO_ADAPTER: u32 = u32::MAX;
 const EPS: f32 = 1e-5;
+
+/// What tensor cores lose of an f32 weight, in roundings: of its halves of eleven bits the second is cut off, 2⁻²¹; and the
+/// product of both low halves, 2⁻¹⁰ · 2⁻¹¹, is left out.
+const LOST_OF_W: usize = 8 + 8;
 
 /// What a projection is given.
 #[derive(Clone, Copy, Debug)]
@@ -130,13 +135,27 @@ impl Problem {
         }
     }
 
+    /// The same of the absolute values of an f32 set's weights and of x: sums that only grow.
+    fn without_signs(mut self, bed: &Bed) -> Self {
+        let cols = self.case.cols;
+        for numbers in [&mut self.x, &mut self.sets[0].weights] {
+            numbers.iter_mut().for_each(|number| *number = number.abs());
+        }
+        let bytes: Vec<u8> =
+            padded(&self.sets[0].weights, cols, 0.0).iter().flat_map(|w| w.to_le_bytes()).collect();
+        let at = (self.product.weights - self._alive.0.address()) as usize;
+        bed.gpu.write(&bed.stream, &mut self._alive.0, at, &bytes).unwrap();
+        bed.gpu.write(&bed.stream, &mut self._alive.1[0], 0, &padded(&self.x, cols, 0.0)).unwrap();
+        self
+    }
+
     fn rows(&self) -> usize {
         self.set_of.len()
     }
 
     /// Whether tensor cores compute it.
     fn is_wide(&self) -> bool {
-        self.case.dtype != Dtype::F32 && self.most > MOST_ROWS
+        self.most > MOST_ROWS
     }
 
     /// Output `n` of a row, which belongs to this segment.
@@ -169,16 +188,28 @@ impl Problem {
     /// the squares, whose relative error is halved by the root (eight a panel half, five over the lanes, one a panel);
     /// mean, ε, root, reciprocal, the scaling; B t of up to 32 steps; two more additions.
     ///
-    /// On tensor cores: two sums of each 16 columns, which may be cut off instead of rounded; what two 16-bit numbers
-    /// lose, 2⁻¹⁶ in bf16 and 2⁻²² in f16; the squares along 128 lanes; B t in one go; and the rest as above.
+    /// On tensor cores: two sums of each 16 columns, which may be cut off instead of rounded; what the halves lose; the
+    /// squares along 128 lanes; B t in one go; and the rest as above. In f32 six sums of each 16 columns, which may be
+    /// cut off, by themselves, and then one.
     fn roundings(&self) -> usize {
         let Case { dtype, cols, rank, .. } = self.case;
         if self.is_wide() {
-            let split = if dtype == Dtype::Bf16 { 256 } else { 4 };
-            return 4 * cols.div_ceil(16) + split + 1 + (4 * cols.div_ceil(512) + 8) / 2 + 5 + rank + 2;
+            let sixteens = cols.div_ceil(16);
+            let sums = if dtype == Dtype::F32 { sixteens + 12 + LOST_OF_W } else { 4 * sixteens };
+            return sums + self.lost() + 1 + (4 * cols.div_ceil(512) + 8) / 2 + 5 + rank + 2;
         }
         let panels = cols.div_ceil(PANEL);
         8 * panels + 5 + 1 + (8 + 5 + panels) / 2 + 5 + rank.div_ceil(32) + 5 + 2
+    }
+
+    /// What the halves of an activation lose, in roundings: 2⁻¹⁶ in bf16, 2⁻²² in f16, 2⁻²³ in f32, of which tensor cores
+    /// see eleven bits each, rounded.
+    fn lost(&self) -> usize {
+        match self.case.dtype {
+            Dtype::Bf16 => 256,
+            Dtype::F16 => 4,
+            Dtype::F32 => 2,
+        }
     }
 
     /// What `Group::project` launches.
@@ -191,9 +222,9 @@ impl Problem {
     ) -> Found {
         let (mut product, sets) = (self.product, self.sets.len() as u32);
         if let Some(kernel) = projections.wide(self.most) {
-            let split = bed.fresh(self.indices.len() * (product.stride as usize + 4));
+            let split = bed.fresh(self.indices.len() * split_words(self.case.dtype, product.stride as usize));
             let grid = Grid { blocks: (self.indices.len() as u32, 1, 1), threads: (128, 1, 1), shared: 0 };
-            let split_rows = self.kernels(bed).split_rows.ok_or("no split_rows")?;
+            let split_rows = self.kernels(bed).split_rows;
             bed.launch(&split_rows, grid, &SplitArgs { product, to: split.address() })?;
             self.check_split(&split.numbers(bed)?)?;
             product.x = split.address();
@@ -220,9 +251,10 @@ impl Problem {
     /// What `split_rows` wrote for each index: (high + low) · factor is the row, normalised.
     fn check_split(&self, split: &[f32]) -> Found {
         let (cols, width) = (self.case.cols, self.product.stride as usize);
-        for (&row, split) in self.indices.iter().zip(split.chunks(width + 4)) {
-            let halves: Vec<f64> = split.iter().flat_map(|pair| self.halves(*pair)).collect();
-            let factor = f64::from(split[width]);
+        let words = split_words(self.case.dtype, width);
+        for (&row, split) in self.indices.iter().zip(split.chunks(words)) {
+            let halves: Vec<f64> = split.iter().flat_map(|&word| self.halves(word)).collect();
+            let factor = f64::from(split[words - 4]);
             let x = &self.x[row as usize * cols..][..cols];
             let squares: f64 = x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
             let scale = (squares / cols as f64 + f64::from(EPS)).sqrt().recip();
@@ -236,8 +268,7 @@ impl Problem {
             // What the low half loses of a number, or of the row's largest in f16, whose smallest step is 2⁻²⁴ where the
             // largest number is 2¹⁴; and the roundings of x · norm and of the factor, as in `roundings`.
             let largest = (0..cols).map(|k| exact(k).abs()).fold(0.0, f64::max);
-            let lost = if self.case.dtype == Dtype::Bf16 { 256.0 } else { 4.0 };
-            let roundings = lost + 1.0 + (4 * cols.div_ceil(512) + 8) as f64 / 2.0 + 5.0;
+            let roundings = self.lost() as f64 + 1.0 + (4 * cols.div_ceil(512) + 8) as f64 / 2.0 + 5.0;
             for k in 0..width {
                 let found = (halves[k] + halves[width + k]) * factor;
                 let most = roundings * ROUNDING * exact(k).abs() + largest * 2.0_f64.powi(-38);
@@ -254,13 +285,15 @@ impl Problem {
         Ok(())
     }
 
-    /// The two 16-bit numbers that lie where an f32 would.
-    fn halves(&self, pair: f32) -> [f64; 2] {
-        let bits = pair.to_bits();
-        [bits as u16, (bits >> 16) as u16].map(|bits| match self.case.dtype {
-            Dtype::Bf16 => bf16::from_bits(bits).to_f64(),
-            _ => f16::from_bits(bits).to_f64(),
-        })
+    /// The numbers that lie where an f32 would: one as tensor cores see it, or two of 16 bits.
+    fn halves(&self, word: f32) -> Vec<f64> {
+        let bits = word.to_bits();
+        let pair = [bits as u16, (bits >> 16) as u16];
+        match self.case.dtype {
+            Dtype::F32 => vec![f64::from(f32::from_bits(bits & !0x1FFF))],
+            Dtype::F16 => pair.map(|bits| f16::from_bits(bits).to_f64()).to_vec(),
+            Dtype::Bf16 => pair.map(|bits| bf16::from_bits(bits).to_f64()).to_vec(),
+        }
     }
 
     fn kernels(&self, bed: &Bed) -> Kernels {
@@ -270,7 +303,11 @@ impl Problem {
 
 /// The output projection, and that of the feed-forward: hidden += W x + b.
 fn residual(bed: &Bed, case: Case, n: usize) -> Found {
-    let mut problem = Problem::new(bed, case, (n, 1, false));
+    residual_of(bed, Problem::new(bed, case, (n, 1, false)))
+}
+
+fn residual_of(bed: &Bed, mut problem: Problem) -> Found {
+    let (case, n) = (problem.case, problem.product.n as usize);
     let width = stride(n);
     let before = problem.rng.numbers(problem.rows() * width);
     let hidden = bed.output(&before);
@@ -432,7 +469,7 @@ fn qkv(bed: &Bed, case: Case, (heads, kv_heads, head_dim): Heads) -> Found {
 }
 
 /// One for each dtype, and those of tensor cores.
-const IMAGES: [&str; 5] = ["gemv_f32", "gemv_f16", "gemv_bf16", "gemm_f16", "gemm_bf16"];
+const IMAGES: [&str; 6] = ["gemv_f32", "gemv_f16", "gemv_bf16", "gemm_f32", "gemm_f16", "gemm_bf16"];
 
 /// A projection's own kernels, and the one that goes before some.
 fn mine(prefix: &str) -> impl Fn(&str) -> bool {
@@ -555,6 +592,31 @@ fn a_wrong_number_is_noticed_on_tensor_cores() {
     }
     for (at, name) in [(72, "set_stride"), (92, "cols"), (96, "stride")] {
         assert_noticed("split_rows_bf16", at, name, |bed| gate_up(bed, CASE, 31));
+    }
+}
+
+/// Tensor cores may cut their sums off. Where all terms have one sign that goes one way, and sums of f32 would drift away
+/// along a row, were they left to the tensor cores from its beginning to its end.
+#[test]
+fn sums_of_f32_do_not_drift_where_they_are_cut_off() {
+    let case = Case { dtype: Dtype::F32, rows: &[34], cols: 3300, bias: false, rank: 0 };
+    for mode in [Accumulate::Truncating, Accumulate::Sequential, Accumulate::Exact] {
+        let bed = Bed::new();
+        bed.device.accumulate(mode);
+        residual_of(&bed, Problem::new(&bed, case, (6, 1, false)).without_signs(&bed)).unwrap();
+    }
+}
+
+/// Each product of halves that a step takes, two rows of W's fragments by four of x's, three products for one, twice.
+#[test]
+fn a_product_less_is_noticed_in_f32() {
+    let case = Case { dtype: Dtype::F32, rows: &[34], cols: 44, bias: true, rank: 0 };
+    for nth in 0..=48 {
+        let bed = Bed::new();
+        bed.device.mutate("residual_wide_f32", "mma.sync", nth, "");
+        let found = residual(&bed, case, 67);
+        assert_eq!(bed.device.mutations(), u64::from(nth < 48));
+        assert_eq!(found.is_err(), nth < 48, "product {nth}: {found:?}");
     }
 }
 
