@@ -20,7 +20,7 @@ use super::kernels::{
 use super::lora::{DeviceAdapters, Stage};
 use super::memory::Buffer;
 use super::plan::{LISTS, Members, Plan};
-use super::weights::{DeviceWeights, LayerLayout, stride};
+use super::weights::{DeviceWeights, LayerLayout, Layout, stride};
 use crate::adapter::LoraAdapter;
 use crate::backend::{Batch, Limits, Row};
 use crate::config::LlamaConfig;
@@ -120,23 +120,28 @@ impl Group {
         let config = Arc::clone(&all[first].config);
         let stream = gpu.stream()?;
         let sets: Vec<&LlamaWeights> = members.owners.iter().map(|&owner| &*all[owner].weights).collect();
-        let weights = DeviceWeights::upload(gpu, &stream, &config, &sets, ensemble.vocab_size(), progress)?;
+        let layout = Layout::new(&config, &sets, ensemble.vocab_size());
+        let dtype = layout.dtype;
+        let group = config.num_attention_heads / config.num_key_value_heads.max(1);
+        let kernels = Kernels::new(gpu, dtype, group, config.head_dim)?;
+        let extent = Extent::of(ensemble, &members, limits);
+        let first = kernels.first(members.most_of_a_set(), extent.capacity);
+        let weights = gpu.load_all(&first, || {
+            DeviceWeights::upload(gpu, &stream, layout, &sets, ensemble.vocab_size(), progress)
+        })?;
         let lora: Vec<&LoraAdapter> =
             members.models.iter().filter_map(|&model| all[model].adapter.as_deref()).collect();
         let adapters = DeviceAdapters::upload(gpu, &stream, &config, &lora)?;
 
-        let dtype = weights.layout.dtype;
-        let Extent { positions, capacity, table_stride, layer_bytes } =
-            Extent::of(ensemble, &members, limits);
+        let Extent { positions, capacity, table_stride, layer_bytes } = extent;
         let model_bytes = layer_bytes * config.num_hidden_layers;
         let cache = gpu.zeros(&stream, model_bytes * members.models.len(), "the key-value cache")?;
         let (cos, sin) = angles(gpu, &stream, &config, positions)?;
         let rank = adapters.as_ref().map_or(0, |adapters| adapters.rank);
         let sizes = Sizes::new(&config, dtype, (capacity, positions, table_stride, rank));
         let buffers = Buffers::new(gpu, &stream, sizes)?;
-        let group = config.num_attention_heads / config.num_key_value_heads.max(1);
         Ok(Some(Self {
-            kernels: Kernels::load(gpu, dtype, group, config.head_dim)?,
+            kernels,
             gpu: Arc::clone(gpu),
             stream,
             config,

@@ -226,7 +226,7 @@ pub(crate) struct Projections {
 }
 
 impl Projections {
-    fn load(gpu: &Gpu, name: &str, dtype: Dtype) -> Result<Self> {
+    fn new(gpu: &Gpu, name: &str, dtype: Dtype) -> Result<Self> {
         let module = match dtype {
             Dtype::F32 => "gemv_f32",
             Dtype::F16 => "gemv_f16",
@@ -291,14 +291,14 @@ pub(crate) struct Kernels {
 
 impl Kernels {
     /// For `group` query heads of `head_dim` numbers a key head.
-    pub(crate) fn load(gpu: &Gpu, dtype: Dtype, group: usize, head_dim: usize) -> Result<Self> {
+    pub(crate) fn new(gpu: &Gpu, dtype: Dtype, group: usize, head_dim: usize) -> Result<Self> {
         let heads = HEADS.into_iter().find(|&heads| group <= heads).unwrap_or(HEADS[HEADS.len() - 1]);
         Ok(Self {
             embed: gpu.kernel("embed", &format!("embed_{dtype}"))?,
-            qkv: Projections::load(gpu, "qkv", dtype)?,
-            residual: Projections::load(gpu, "residual", dtype)?,
-            gate_up: Projections::load(gpu, "gate_up", dtype)?,
-            lm_head: Projections::load(gpu, "lm_head", dtype)?,
+            qkv: Projections::new(gpu, "qkv", dtype)?,
+            residual: Projections::new(gpu, "residual", dtype)?,
+            gate_up: Projections::new(gpu, "gate_up", dtype)?,
+            lm_head: Projections::new(gpu, "lm_head", dtype)?,
             split_rows: gpu.kernel(wide_module(dtype), &format!("split_rows_{dtype}"))?,
             attention: (gpu.kernel("attention", &format!("attention_{heads}"))?, heads),
             merge: gpu.kernel("attention", "attention_merge")?,
@@ -309,6 +309,20 @@ impl Kernels {
                 .transpose()?,
             lora: gpu.kernel("lora", "lora_down")?,
         })
+    }
+
+    /// What nearly every generation needs: a step of `rows` rows of a set, and a prompt where a turn can have `capacity`
+    /// rows.
+    pub(crate) fn first(&self, rows: usize, capacity: usize) -> Vec<&Kernel> {
+        let Self { embed, qkv, residual, gate_up, lm_head, split_rows, attention, merge, .. } = self;
+        let step = [qkv, residual, gate_up, lm_head].map(|projections| projections.few(rows).0);
+        let mut first = vec![embed, &attention.0, merge];
+        first.extend(step);
+        if capacity > MOST_ROWS {
+            first.extend([&qkv.wide, &residual.wide, &gate_up.wide, split_rows]);
+            first.extend(&self.attention_wide);
+        }
+        first
     }
 }
 

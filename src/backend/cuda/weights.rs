@@ -159,19 +159,18 @@ pub(crate) struct DeviceWeights {
 }
 
 impl DeviceWeights {
-    /// Copies `sets` to the GPU; `progress` gets bytes as they go.
+    /// Copies `sets`, of which `layout` is, to the GPU; `progress` gets bytes as they go.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) where they don't fit, [`Error::Cuda`](crate::Error::Cuda).
     pub(crate) fn upload(
         gpu: &Gpu,
         stream: &Arc<CudaStream>,
-        config: &LlamaConfig,
+        layout: Layout,
         sets: &[&LlamaWeights],
         vocab_size: usize,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Self> {
-        let layout = Layout::new(config, sets, vocab_size);
         let mut arena = gpu.zeros::<u8>(stream, layout.bytes * sets.len(), "weights")?;
         let mut uploader = Uploader::new(gpu, stream, progress)?;
         for (index, set) in sets.iter().enumerate() {

@@ -185,7 +185,7 @@ fn attention(bed: &Bed, case: Case) -> Found {
         model_stride: (cache.of_model * size_of::<f32>()) as u64,
         ..case.args(cache.table_stride)
     };
-    let kernels = Kernels::load(&bed.gpu, DTYPES[0], heads / kv_heads, head_dim).unwrap();
+    let kernels = Kernels::new(&bed.gpu, DTYPES[0], heads / kv_heads, head_dim).unwrap();
     let (kernel, group) = (&kernels.attention.0, kernels.attention.1);
     let chunks = (heads / kv_heads).div_ceil(group);
     let shared = 4 * group * (head_dim + 2) * size_of::<f32>();
@@ -303,7 +303,7 @@ fn tiles(bed: &Bed, case: Case, spoilt: bool) -> Found {
         model_stride: (cache.of_model * size_of::<f32>()) as u64,
         ..case.args(cache.table_stride)
     };
-    let kernels = Kernels::load(&bed.gpu, DTYPES[0], heads / kv_heads, head_dim).unwrap();
+    let kernels = Kernels::new(&bed.gpu, DTYPES[0], heads / kv_heads, head_dim).unwrap();
     let blocks = (lists[4].len() as u32, heads as u32, head_dim.div_ceil(128) as u32);
     let shared = 2 * BLOCK_SIZE * (head_dim.next_multiple_of(32) + 4) * size_of::<f32>();
     let grid = Grid { blocks, threads: (128, 1, 1), shared: shared as u32 };

@@ -297,7 +297,7 @@ impl Problem {
     }
 
     fn kernels(&self, bed: &Bed) -> Kernels {
-        Kernels::load(&bed.gpu, self.case.dtype, 1, 64).unwrap()
+        Kernels::new(&bed.gpu, self.case.dtype, 1, 64).unwrap()
     }
 }
 
