@@ -129,11 +129,6 @@ __device__ void attention_wide(const AttentionArgs& args) {
             }
             sum[i] = sum[i] * shrink[i] + total;
         }
-#pragma unroll
-        for (u32 n = 0; n < N; n++) {
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) o[n][i] *= shrink[i / 2];
-        }
 
         await_copies<1>();
         __syncthreads();
@@ -143,21 +138,25 @@ __device__ void attention_wide(const AttentionArgs& args) {
             const bool is_edge = base + BLOCK_SIZE - 1 > least;
             u32 spoilt = 0;
 #pragma unroll
-            for (u32 j = 0; j < 2; j++) {
-                // Where mma has columns t and t + 4 of its factor stand the weights of positions 2 t and 2 t + 1.
-                const float a[4] = {s[j][0], s[j][2], s[j][1], s[j][3]};
-                const u32 key = 8 * j + 2 * t;
-                const float* b = values + key * stride + column + g;
+            for (u32 n = 0; n < N; n++) {
+                if (column + 8 * n >= head_dim) break;
+                // Tensor cores may cut their sums off: those of a block begin at zero, and are added as f32.
+                float of_block[4] = {};
 #pragma unroll
-                for (u32 n = 0; n < N; n++) {
-                    if (column + 8 * n >= head_dim) break;
-                    float b0 = b[8 * n], b1 = b[stride + 8 * n];
+                for (u32 j = 0; j < 2; j++) {
+                    // Where mma has columns t and t + 4 of its factor stand the weights of positions 2 t and 2 t + 1.
+                    const float a[4] = {s[j][0], s[j][2], s[j][1], s[j][3]};
+                    const u32 key = 8 * j + 2 * t;
+                    const float* b = values + key * stride + column + g + 8 * n;
+                    float b0 = b[0], b1 = b[stride];
                     if (is_edge) {
                         if (!(fabsf(b0) < INFINITE)) b0 = 0, spoilt |= 1u << key;
                         if (!(fabsf(b1) < INFINITE)) b1 = 0, spoilt |= 2u << key;
                     }
-                    mma_split(o[n], a, b0, b1);
+                    mma_split(of_block, a, b0, b1);
                 }
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) o[n][i] = fmaf(o[n][i], shrink[i / 2], of_block[i]);
             }
             if (is_edge) {
                 spoilt = __reduce_or_sync(ALL_LANES, spoilt);
