@@ -471,7 +471,8 @@ impl Group {
         }
     }
 
-    /// Launches a projection: once for each sixteen rows of a set, or on tensor cores where they are more.
+    /// Launches a projection: on tensor cores where a set has more than sixteen rows; where a grid has no room for so
+    /// many outputs, once for each sixteen of them.
     fn project<A: cudarc::driver::DeviceRepr>(
         &self,
         projections: &Projections,

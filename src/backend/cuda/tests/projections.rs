@@ -57,6 +57,8 @@ struct Problem {
     indices: Vec<u32>,
     /// Of the set that has the most of them.
     most: usize,
+    /// Whether more than sixteen go to tensor cores, as wherever a grid has room for all outputs.
+    may_be_wide: bool,
     adapter: Vec<u32>,
     lora_b: Vec<LoraB>,
     lora_t: Vec<f32>,
@@ -126,6 +128,7 @@ impl Problem {
             set_of,
             indices,
             most,
+            may_be_wide: true,
             adapter,
             lora_b,
             lora_t,
@@ -155,7 +158,7 @@ impl Problem {
 
     /// Whether tensor cores compute it.
     fn is_wide(&self) -> bool {
-        self.most > MOST_ROWS
+        self.may_be_wide && self.most > MOST_ROWS
     }
 
     /// Output `n` of a row, which belongs to this segment.
@@ -221,7 +224,7 @@ impl Problem {
         args: impl Fn(Product) -> A,
     ) -> Found {
         let (mut product, sets) = (self.product, self.sets.len() as u32);
-        if let Some(kernel) = projections.wide(self.most) {
+        if let Some(kernel) = projections.wide(self.most).filter(|_| self.may_be_wide) {
             let split = bed.fresh(self.indices.len() * split_words(self.case.dtype, product.stride as usize));
             let grid = Grid { blocks: (self.indices.len() as u32, 1, 1), threads: (128, 1, 1), shared: 0 };
             let split_rows = self.kernels(bed).split_rows;
@@ -592,6 +595,16 @@ fn a_wrong_number_is_noticed_on_tensor_cores() {
     }
     for (at, name) in [(72, "set_stride"), (92, "cols"), (96, "stride")] {
         assert_noticed("split_rows_bf16", at, name, |bed| gate_up(bed, CASE, 31));
+    }
+}
+
+/// More outputs than tensor cores' grids hold are computed sixteen rows at a time.
+#[test]
+fn many_rows_without_tensor_cores() {
+    let bed = Bed::new();
+    for dtype in DTYPES {
+        let case = Case { dtype, rows: &[17, 40], cols: 300, bias: true, rank: 8 };
+        residual_of(&bed, Problem { may_be_wide: false, ..Problem::new(&bed, case, (7, 1, false)) }).unwrap();
     }
 }
 
