@@ -1,21 +1,10 @@
 // Attention of a prompt: up to 64 rows of one sequence together, on tensor cores, over the paged cache.
 #include "async.cuh"
 #include "attention.cuh"
+#include "tf32.cuh"
 
 constexpr u32 THREADS = 128;  // four warps of sixteen rows
 constexpr u32 COLUMNS = 128;  // of the values that a block computes at most
-
-// An f32 as the sum of two numbers of eleven bits, which is what mma reads of each.
-__device__ inline void split(float x, u32& high, u32& low) {
-    high = __float_as_uint(x) & 0xffffe000u;
-    low = __float_as_uint(x - __uint_as_float(high));
-}
-
-__device__ inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 // c += a · b for factors of 22 bits; what both low parts would add is below the last of them.
 __device__ inline void mma_split(float (&c)[4], const float (&a)[4], float b0, float b1) {
@@ -24,9 +13,9 @@ __device__ inline void mma_split(float (&c)[4], const float (&a)[4], float b0, f
     for (u32 i = 0; i < 4; i++) split(a[i], high[i], low[i]);
     split(b0, b0_high, b0_low);
     split(b1, b1_high, b1_low);
-    mma(c, high, b0_high, b1_high);
-    mma(c, high, b0_low, b1_low);
-    mma(c, low, b0_high, b1_high);
+    mma_tf32(c, high, b0_high, b1_high);
+    mma_tf32(c, high, b0_low, b1_low);
+    mma_tf32(c, low, b0_high, b1_high);
 }
 
 // The sixteen keys (part 0) or values (part 1) of one block of the cache, on their way to `staged`; those after `last`
@@ -140,11 +129,6 @@ __device__ void attention_wide(const AttentionArgs& args) {
             }
             sum[i] = sum[i] * shrink[i] + total;
         }
-#pragma unroll
-        for (u32 n = 0; n < N; n++) {
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) o[n][i] *= shrink[i / 2];
-        }
 
         await_copies<1>();
         __syncthreads();
@@ -154,21 +138,25 @@ __device__ void attention_wide(const AttentionArgs& args) {
             const bool is_edge = base + BLOCK_SIZE - 1 > least;
             u32 spoilt = 0;
 #pragma unroll
-            for (u32 j = 0; j < 2; j++) {
-                // Where mma has columns t and t + 4 of its factor stand the weights of positions 2 t and 2 t + 1.
-                const float a[4] = {s[j][0], s[j][2], s[j][1], s[j][3]};
-                const u32 key = 8 * j + 2 * t;
-                const float* b = values + key * stride + column + g;
+            for (u32 n = 0; n < N; n++) {
+                if (column + 8 * n >= head_dim) break;
+                // Tensor cores may cut their sums off: those of a block begin at zero, and are added as f32.
+                float of_block[4] = {};
 #pragma unroll
-                for (u32 n = 0; n < N; n++) {
-                    if (column + 8 * n >= head_dim) break;
-                    float b0 = b[8 * n], b1 = b[stride + 8 * n];
+                for (u32 j = 0; j < 2; j++) {
+                    // Where mma has columns t and t + 4 of its factor stand the weights of positions 2 t and 2 t + 1.
+                    const float a[4] = {s[j][0], s[j][2], s[j][1], s[j][3]};
+                    const u32 key = 8 * j + 2 * t;
+                    const float* b = values + key * stride + column + g + 8 * n;
+                    float b0 = b[0], b1 = b[stride];
                     if (is_edge) {
                         if (!(fabsf(b0) < INFINITE)) b0 = 0, spoilt |= 1u << key;
                         if (!(fabsf(b1) < INFINITE)) b1 = 0, spoilt |= 2u << key;
                     }
-                    mma_split(o[n], a, b0, b1);
+                    mma_split(of_block, a, b0, b1);
                 }
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) o[n][i] = fmaf(o[n][i], shrink[i / 2], of_block[i]);
             }
             if (is_edge) {
                 spoilt = __reduce_or_sync(ALL_LANES, spoilt);

@@ -1,27 +1,31 @@
 // y = W x for many rows of x: the part that the projections on tensor cores share.
 //
-// A block computes 128 outputs of 64 rows, a warp 32 of 32, by mma.sync m16n8k16 with f32 sums: W is A, the rows of x
-// are B. split_rows has written x as high + low, two 16-bit numbers, and both are multiplied: 22 bits of x count for f16
-// and 16 for bf16.
+// A block computes 128 outputs of 64 rows, a warp 32 of 32, by mma.sync with f32 sums: W is A, the rows of x are B.
+// split_rows has written x as high + low, two numbers of W's type, and both are multiplied: 22 bits of x count for f16
+// and 16 for bf16. An f32 has more bits than tensor cores read, so that W is split, too, and three products are taken:
+// see Factor.
 //
-// Columns come 32 at a time by cp.async into one of three buffers: while one is multiplied the next two are on their
-// way. A staged row is four pieces of 16 bytes, permuted by the row, so that neither cp.async nor ldmatrix meets a
-// bank conflict.
+// Columns come 64 bytes at a time by cp.async into one of three buffers: while one is multiplied the next two are on
+// their way. A staged row is four pieces of 16 bytes, permuted by the row, so that neither cp.async nor ldmatrix meets
+// a bank conflict.
 #pragma once
 
 #include "async.cuh"
 #include "product.cuh"
+#include "tf32.cuh"
 
 constexpr u32 GEMM_OUTPUTS = 128;  // of a block
 constexpr u32 GEMM_ROWS = 64;      // of a block
-constexpr u32 GEMM_COLS = 32;      // that are staged at once
 constexpr u32 GEMM_STAGES = 3;
 constexpr u32 GEMM_THREADS = 256;
 constexpr u32 GEMM_UNITS = GEMM_OUTPUTS / UNIT;
 constexpr u32 SUMS = GEMM_OUTPUTS + 4;  // numbers of a row of sums: the shift keeps the banks of a warp apart
 
 // Numbers of a row that split_rows writes: high, low, and the factor in the last sixteen bytes.
-__device__ inline u32 split_stride(u32 stride) { return 2 * stride + 8; }
+template <typename T>
+__device__ u32 split_stride(u32 stride) {
+    return 2 * stride + 16 / sizeof(T);
+}
 
 __device__ inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, const f16*) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -41,18 +45,52 @@ __device__ inline void ldmatrix(u32 (&to)[4], const void* from) {
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
 }
 
-// Where a piece of eight columns of a staged row lies.
-__device__ inline u32 permuted(u32 row, u32 piece) { return row * GEMM_COLS + (piece ^ (row / 2 % 4)) * 8; }
+// What mma reads of W at once: 16 outputs, and 32 bytes of the columns of each.
+template <typename T>
+struct Factor {
+    static constexpr bool FROM_ZERO = false;  // whether the columns of a step are summed by themselves first
+    u32 a[4];
+
+    __device__ void load(const T* from) { ldmatrix(a, from); }
+
+    // c += W x for one half of x.
+    __device__ void multiply(float (&c)[4], u32 b0, u32 b1, bool) const { mma(c, a, b0, b1, static_cast<const T*>(nullptr)); }
+};
+
+// 22 bits of W and of x count; what both low halves would add is below the last of them. Tensor cores cut sums off
+// instead of rounding them, each time a little: what one step adds is summed from zero, and then rounded.
+template <>
+struct Factor<float> {
+    static constexpr bool FROM_ZERO = true;
+    u32 high[4], low[4];
+
+    __device__ void load(const float* from) {
+        ldmatrix(low, from);
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) split(__uint_as_float(low[i]), high[i], low[i]);
+    }
+
+    __device__ void multiply(float (&c)[4], u32 b0, u32 b1, bool is_low) const {
+        mma_tf32(c, high, b0, b1);
+        if (!is_low) mma_tf32(c, low, b0, b1);
+    }
+};
 
 // One block of the product, by all its threads: rows blockIdx.x · 64 … of set blockIdx.z, units blockIdx.y · 32 ….
 template <typename T>
 struct Gemm {
-    // The columns of one step, and all steps of the pipeline.
+    static constexpr u32 PIECE = 16 / sizeof(T);  // columns
+    static constexpr u32 COLS = 4 * PIECE;        // of a step
+
+    // The columns of one step.
     struct Stage {
-        T weights[GEMM_OUTPUTS * GEMM_COLS];
-        T high[GEMM_ROWS * GEMM_COLS];
-        T low[GEMM_ROWS * GEMM_COLS];
+        T weights[GEMM_OUTPUTS * COLS];
+        T high[GEMM_ROWS * COLS];
+        T low[GEMM_ROWS * COLS];
     };
+
+    // Where a piece of a staged row lies.
+    static __device__ u32 permuted(u32 row, u32 piece) { return row * COLS + (piece ^ (row / 2 % 4)) * PIECE; }
 
     // Calls finish(unit, part, index, row, y) for each unit, part of a unit and row, with the four outputs y. `PARTS`,
     // `row_of` and `segment` are as in Gemv.
@@ -66,7 +104,7 @@ struct Gemm {
         if (span.count == 0) return;
         const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
         const u32 outputs = warp / 2 * 32, rows = warp % 2 * 32;  // where this warp's part begins
-        const T* x = static_cast<const T*>(p.x) + u64(span.first) * split_stride(p.stride);
+        const T* x = static_cast<const T*>(p.x) + u64(span.first) * split_stride<T>(p.stride);
 
         float c[2][4][4] = {};
         multiply(p, x, span.count, [=](u32 o) { return row_of(first_unit + o / UNIT, o % UNIT); }, stages, outputs, rows, c);
@@ -118,15 +156,14 @@ struct Gemm {
     }
 
     static __device__ float factor_of(const Product& p, const T* x, u32 m) {
-        return *reinterpret_cast<const float*>(x + u64(m) * split_stride(p.stride) + 2 * p.stride);
+        return *reinterpret_cast<const float*>(x + u64(m) * split_stride<T>(p.stride) + 2 * p.stride);
     }
 
-    // c += W x over all columns. A step's columns are two calls of mma deep.
+    // c += W x over all columns.
     template <typename RowOf>
     static __device__ void multiply(
         const Product& p, const T* x, u32 count, RowOf row_of, Stage* stages, u32 outputs, u32 rows, float (&c)[2][4][4]
     ) {
-        const u32 lane = threadIdx.x % WARP;
         // Each thread brings two pieces of W, and one of each half of x.
         const u32 piece = threadIdx.x % 4, row = threadIdx.x / 4;
         const T* weights = advance(static_cast<const T*>(p.weights), blockIdx.z * p.set_stride);
@@ -135,15 +172,15 @@ struct Gemm {
             weights + u64(row_of(row + GEMM_OUTPUTS / 2)) * p.stride,
         };
         const bool exists = row < count;
-        const T* const from_x = x + u64(exists ? row : 0) * split_stride(p.stride);
-        const u32 steps = (p.stride + GEMM_COLS - 1) / GEMM_COLS;
+        const T* const from_x = x + u64(exists ? row : 0) * split_stride<T>(p.stride);
+        const u32 steps = (p.stride + COLS - 1) / COLS;
         const auto fetch = [&](u32 step) {
             Stage& stage = stages[step % GEMM_STAGES];
-            const u32 k = step * GEMM_COLS + piece * 8, at = permuted(row, piece);
+            const u32 k = step * COLS + piece * PIECE, at = permuted(row, piece);
             const bool inside = k < p.stride;
             const u32 safe = inside ? k : 0;
             copy_async(stage.weights + at, from[0] + safe, inside);
-            copy_async(stage.weights + at + GEMM_OUTPUTS / 2 * GEMM_COLS, from[1] + safe, inside);
+            copy_async(stage.weights + at + GEMM_OUTPUTS / 2 * COLS, from[1] + safe, inside);
             copy_async(stage.high + at, from_x + safe, inside && exists);
             copy_async(stage.low + at, from_x + p.stride + safe, inside && exists);
         };
@@ -159,25 +196,36 @@ struct Gemm {
             if (step + GEMM_STAGES - 1 < steps) fetch(step + GEMM_STAGES - 1);
             commit_copies();  // an empty group at the end, so that the count of groups still tells
             const Stage& stage = stages[step % GEMM_STAGES];
+            if constexpr (Factor<T>::FROM_ZERO) {
+                float of_step[2][4][4] = {};
+                multiply(stage, outputs, rows, of_step);
 #pragma unroll
-            for (u32 k = 0; k < GEMM_COLS / 16; k++) {
-                u32 a[2][4];
+                for (u32 at = 0; at < 32; at++) c[at / 16][at / 4 % 4][at % 4] += of_step[at / 16][at / 4 % 4][at % 4];
+            } else {
+                multiply(stage, outputs, rows, c);
+            }
+        }
+    }
+
+    // c += W x over the columns of a step, which are two calls of mma deep.
+    static __device__ void multiply(const Stage& stage, u32 outputs, u32 rows, float (&c)[2][4][4]) {
+        const u32 lane = threadIdx.x % WARP;
 #pragma unroll
-                for (u32 i = 0; i < 2; i++) {
-                    ldmatrix(a[i], stage.weights + permuted(outputs + i * 16 + lane % 16, 2 * k + lane / 16));
-                }
+        for (u32 k = 0; k < 2; k++) {
+            Factor<T> w[2];
 #pragma unroll
-                for (u32 half = 0; half < 2; half++) {
-                    const T* const part = half ? stage.low : stage.high;
+            for (u32 i = 0; i < 2; i++) w[i].load(stage.weights + permuted(outputs + i * 16 + lane % 16, 2 * k + lane / 16));
 #pragma unroll
-                    for (u32 j = 0; j < 4; j += 2) {
-                        u32 b[4];
-                        ldmatrix(b, part + permuted(rows + j * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+            for (u32 half = 0; half < 2; half++) {
+                const T* const part = half ? stage.low : stage.high;
 #pragma unroll
-                        for (u32 i = 0; i < 2; i++) {
-                            mma(c[i][j], a[i], b[0], b[1], static_cast<const T*>(nullptr));
-                            mma(c[i][j + 1], a[i], b[2], b[3], static_cast<const T*>(nullptr));
-                        }
+                for (u32 j = 0; j < 4; j += 2) {
+                    u32 b[4];
+                    ldmatrix(b, part + permuted(rows + j * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+#pragma unroll
+                    for (u32 i = 0; i < 2; i++) {
+                        w[i].multiply(c[i][j], b[0], b[1], half);
+                        w[i].multiply(c[i][j + 1], b[2], b[3], half);
                     }
                 }
             }

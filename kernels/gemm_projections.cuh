@@ -1,9 +1,9 @@
 // The projections for many rows: a prompt's, or those of a large batch.
 //
 // grid   (⌈rows of the largest set / 64⌉, ⌈units / 32⌉, sets) × 256 threads; a block is 128 outputs of 64 rows
-// shared 48 KiB: three steps of 32 columns, afterwards the sums
+// shared 48 KiB: three steps of 64 bytes of columns, afterwards the sums
 // bytes  a row of blocks reads the weights once, and a column of blocks x: what they share comes from the L2 cache
-// bound  tensor cores: 4 · n · cols · rows operations, twice those of one product
+// bound  tensor cores: 4 · n · cols · rows operations, twice those of one product; three times in f32
 // needs  x as split_rows writes it; rows of W 16-byte aligned, zero between cols and stride
 #pragma once
 
@@ -37,22 +37,33 @@ __device__ void lm_head_wide(const LmHeadArgs& args) {
 
 struct SplitArgs {
     Product product;  // x is (rows, stride) f32; weights, bias and lora_b aren't read
-    void* to;         // (indices, 2 · stride + 8) T: high, low, then the factor as one f32
+    void* to;         // (indices, 2 · stride) T and sixteen bytes: high, low, then the factor as one f32
 };
 
 __device__ inline void narrow(float x, f16& y) { y = __float2half_rn(x); }
 __device__ inline void narrow(float x, bf16& y) { y = __float2bfloat16_rn(x); }
+__device__ inline void narrow(float x, float& y) {
+    u32 bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    y = __uint_as_float(bits);
+}
+
+// What a thread writes at once.
+template <typename T>
+struct alignas(4 * sizeof(T)) Four {
+    T of[4];
+};
 
 // (high + low) · factor = rms_norm(x[row]), or x[row] itself: high = T(y), low = T(y − high) with y = x · w · 2^s, and
-// factor = 2^−s / √(mean x² + ε); s brings the largest |y| of the row near 2¹⁴, so that no f16 is lost
+// factor = 2^−s / √(mean x² + ε); s brings the largest |y| of the row near 2¹⁴, so that no f16 is lost; T of f32 is tf32
 //
 // With adapters also lora_t[row, j] (lora.cuh), by blocks of their own.
 //
 // grid   (indices, 1 + ⌈segments · rank / 4⌉) × 128 threads; a block with y = 0 is a row, a warp of the others is an
 //        output of lora_t; without adapters (indices)
 // shared 32 bytes
-// bytes  reads x twice, 8 · cols, the second time from the L1 cache; writes 4 · cols; A of the row's adapter, x once an
-//        output, from the L2 cache
+// bytes  reads x twice, 8 · cols, the second time from the L1 cache; writes 4 · cols, in f32 8 · cols; A of the row's
+//        adapter, x once an output, from the L2 cache
 // bound  memory bandwidth, small beside the product
 // needs  no more blocks than set_first has rows; 16-byte aligned rows, zero between cols and stride
 template <typename T>
@@ -95,19 +106,19 @@ __device__ void split_rows(const SplitArgs& args) {
     const int exponent = max(int(__float_as_uint(largest) >> 23) - 127, -100);
     const float up = __uint_as_float(u32(127 + 14 - exponent) << 23);
     const float down = __uint_as_float(u32(127 - 14 + exponent) << 23);
-    T* to = static_cast<T*>(args.to) + u64(index) * split_stride(p.stride);
+    T* to = static_cast<T*>(args.to) + u64(index) * split_stride<T>(p.stride);
     float unused = 0;
     for (u32 k = 4 * threadIdx.x; k < p.stride; k += 4 * blockDim.x) {
         const float4 v = load(k, unused);
         const float y[4] = {v.x * up, v.y * up, v.z * up, v.w * up};
-        alignas(8) T high[4], low[4];
+        Four<T> high, low;
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
-            narrow(y[i], high[i]);
-            narrow(y[i] - to_f32(high[i]), low[i]);
+            narrow(y[i], high.of[i]);
+            narrow(y[i] - to_f32(high.of[i]), low.of[i]);
         }
-        *reinterpret_cast<uint2*>(to + k) = *reinterpret_cast<const uint2*>(high);
-        *reinterpret_cast<uint2*>(to + p.stride + k) = *reinterpret_cast<const uint2*>(low);
+        *reinterpret_cast<Four<T>*>(to + k) = high;
+        *reinterpret_cast<Four<T>*>(to + p.stride + k) = low;
     }
     if (threadIdx.x == 0) {
         const float factor = norm ? down / sqrtf(squares / float(p.cols) + norm[p.stride]) : down;

@@ -205,6 +205,28 @@ fn a_bound_off_by_one_is_noticed() {
 
 #[test]
 #[ignore = "a minute: the gate runs it"]
+fn a_change_to_projections_of_f32_on_tensor_cores_is_noticed() {
+    // The fourth comes after adapters, of which there are none here.
+    let mut changes = lines("residual_wide_f32", 0..3, "bar.sync", "");
+    changes.extend(lines("split_rows_f32", 0..1, "bar.sync", ""));
+    changes.extend(lines("qkv_wide_f32", 0..1, "cp.async.wait_group", ""));
+    for (kernel, name, at) in [
+        ("qkv_wide_f32", "stride", 96),
+        ("residual_wide_f32", "n", 88),
+        ("split_rows_f32", "cols", 92),
+        ("split_rows_f32", "stride", 96),
+    ] {
+        let change: Change<'_> = Box::new(move |gpu: &Gpu| gpu.nudge(kernel, at));
+        changes.push((format!("{kernel}: {name}"), change));
+    }
+    let told = changes.len();
+    let (survived, all) = survivors(&attending(), changes);
+    assert!(survived.is_empty(), "{survived:#?}");
+    assert_eq!(all, told);
+}
+
+#[test]
+#[ignore = "a minute: the gate runs it"]
 fn a_change_to_attention_on_tensor_cores_is_noticed() {
     const KERNEL: &str = "attention_wide_8";
     // Keys have come, are read; values have come, are read.

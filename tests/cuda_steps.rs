@@ -255,6 +255,28 @@ fn a_token_is_one_graph_of_few_launches() {
 }
 
 #[test]
+fn kernels_are_loaded_when_they_are_needed() {
+    let (gpu, mut generator) = open(&ensemble(1), true);
+    let loads = || gpu.calls("cuModuleLoadData");
+    // One dtype, so that both groups share them: the embedding, four projections, attention for either grouping of heads
+    // and its merge; for prompts three projections, their rows, and attention; and two of the graph.
+    let at_first = 8 + 5 + 2;
+    assert_eq!(loads(), at_first);
+    // Its positions go from one split of attention to two.
+    let mut request = Request::new(prompt(0, 250), 12);
+    request.ignore_eos = true;
+    generator.push(request).unwrap();
+    generator.next().unwrap().unwrap();
+    // Fusion.
+    assert_eq!(loads(), at_first + 1);
+    // From here on steps are graphs, and nothing is loaded while one is recorded.
+    assert_eq!(run(generator).len(), 11);
+    assert!(gpu.calls("cuStreamBeginCapture_v2") > 2);
+    assert_eq!(loads(), at_first + 1);
+    assert_eq!(gpu.reports(), []);
+}
+
+#[test]
 fn the_step_ahead_stops_at_the_end_of_the_blocks() {
     // Five blocks of 16 positions, all of which one sequence takes: the last steps have nothing ahead of them.
     let ensemble = ensemble(1);

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Compiles every kernel image with the compiler of a real NVIDIA driver, the way a user's driver will at the start.
+"""Compiles every kernel with the compiler of a real NVIDIA driver, each by itself, the way a user's driver will.
 
     tools/check_driver_jit.py                    fetch the 535 driver's compiler, try all of kernels/ptx
     tools/check_driver_jit.py --library FILE     take another driver's libnvidia-ptxjitcompiler.so.1
+    tools/check_driver_jit.py --time             say how long each kernel takes, and how much machine code it is
 
 No GPU is needed and nothing is installed: the library comes from Debian's package libnvidia-ptxjitcompiler1 (bookworm,
 non-free), which is unpacked into --directory. The mirror is that of this machine's apt, whose own lists stay as they
@@ -15,6 +16,7 @@ import ctypes
 import hashlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +25,7 @@ CHIPS = ["sm_80", "sm_86", "sm_89", "sm_90"]
 PACKAGE = "libnvidia-ptxjitcompiler1"
 LIBRARY = "libnvidia-ptxjitcompiler.so.1"
 BRANCH = "535"
+ENTRY = "\n.visible .entry "
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
@@ -74,6 +77,12 @@ def fetch(directory: Path) -> Path:
     return found[0]
 
 
+def kernels(image: str) -> dict[str, bytes]:
+    """The image with one of its kernels, for each, as src/backend/cuda/images.rs cuts it."""
+    head, *rest = image.split(ENTRY)
+    return {kernel.split("(")[0]: (head + ENTRY + kernel).encode() for kernel in rest}
+
+
 class Jit:
     """The driver's compiler, by the nvPTXCompiler interface that it exports."""
 
@@ -88,24 +97,23 @@ class Jit:
         self.library.nvPTXCompilerGetVersion(ctypes.byref(major), ctypes.byref(minor))
         return f"{major.value}.{minor.value}"
 
-    def refusal(self, ptx: bytes, chip: str) -> str | None:
-        """Why `ptx` doesn't compile for `chip`; nothing where it does."""
+    def compile(self, ptx: bytes, chip: str) -> tuple[int, str | None]:
+        """Bytes of machine code that `ptx` gives for `chip`, and why not, where it gives none."""
         handle = ctypes.c_void_p()
         result = self.library.nvPTXCompilerCreate(ctypes.byref(handle), ctypes.c_size_t(len(ptx)), ptx)
         if result != 0:
-            return f"nvPTXCompilerCreate: error {result}"
+            return 0, f"nvPTXCompilerCreate: error {result}"
         options = (ctypes.c_char_p * 1)(f"--gpu-name={chip}".encode())
         result = self.library.nvPTXCompilerCompile(handle, 1, options)
-        reason = None
+        size, reason = ctypes.c_size_t(), None
         if result != 0:
             reason = self.log(handle) or f"nvPTXCompilerCompile: error {result}"
         else:
-            size = ctypes.c_size_t()
             self.library.nvPTXCompilerGetCompiledProgramSize(handle, ctypes.byref(size))
             if size.value == 0:
                 reason = "no machine code came out"
         self.library.nvPTXCompilerDestroy(ctypes.byref(handle))
-        return reason
+        return size.value, reason
 
     def log(self, handle: ctypes.c_void_p) -> str:
         size = ctypes.c_size_t()
@@ -128,29 +136,49 @@ BROKEN = b"""
 """
 
 
+def show_times(jit: Jit, images: dict[str, str], chips: list[str]) -> None:
+    """Prints processor time and machine code of every image as a whole, and of each of its kernels by itself."""
+    for chip in chips:
+        print(f"{chip}\n{'image, kernel':28} {'ms':>7} {'bytes':>9}")
+        for name, image in images.items():
+            for symbol, ptx in [(name, image.encode()), *((f"  {symbol}", ptx) for symbol, ptx in kernels(image).items())]:
+                times, size = [], 0
+                for _ in range(3):
+                    begin = time.thread_time()
+                    size, reason = jit.compile(ptx, chip)
+                    times.append(time.thread_time() - begin)
+                    if reason is not None:
+                        sys.exit(f"{name} for {chip}: {reason}")
+                print(f"{symbol:28} {1000 * min(times):7.1f} {size:9}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", type=Path, help="PTX files; all of kernels/ptx where none is given")
     parser.add_argument("--library", type=Path, help=f"a driver's {LIBRARY}, instead of fetching that of {BRANCH}")
     parser.add_argument("--directory", type=Path, default=ROOT / "target" / "driver-jit", help="where it is unpacked")
+    parser.add_argument("--time", action="store_true", help="the fastest of three times each, of one thread")
     parser.add_argument("--chips", nargs="+", default=CHIPS, metavar="CHIP", help=f"default: {' '.join(CHIPS)}")
     arguments = parser.parse_args()
 
-    images = arguments.images or sorted(IMAGES.glob("*.ptx"))
-    if not images:
+    paths = arguments.images or sorted(IMAGES.glob("*.ptx"))
+    if not paths:
         sys.exit("kernels/ptx holds no image: run tools/build_kernels.py")
+    try:
+        images = {path.stem: path.read_text(encoding="utf-8") for path in paths}
+    except OSError as error:
+        sys.exit(str(error))
     directory = arguments.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     library = arguments.library or fetch(directory)
     jit = Jit(library)
-    if jit.refusal(BROKEN, arguments.chips[0]) is None:
+    if jit.compile(BROKEN, arguments.chips[0])[1] is None:
         sys.exit(f"{library}: takes PTX that is broken on purpose, so its word is worth nothing")
-    jobs = []
-    for image in images:
-        try:
-            jobs += [(image.name, image.read_bytes(), chip) for chip in arguments.chips]
-        except OSError as error:
-            sys.exit(str(error))
+    if arguments.time:
+        show_times(jit, images, arguments.chips)
+        return
+    cut = {f"{name}: {symbol}": ptx for name, image in images.items() for symbol, ptx in kernels(image).items()}
+    jobs = [(name, ptx, chip) for name, ptx in cut.items() for chip in arguments.chips]
     passed = directory / "passed"
     passed.mkdir(exist_ok=True)
 
@@ -159,7 +187,7 @@ def main() -> None:
         mark = passed / hashlib.sha256(library.resolve().name.encode() + chip.encode() + ptx).hexdigest()
         if mark.exists():
             return None
-        reason = jit.refusal(ptx, chip)
+        _, reason = jit.compile(ptx, chip)
         if reason is not None:
             return f"{name} for {chip}: {reason}"
         mark.touch()
@@ -172,7 +200,7 @@ def main() -> None:
     name = library.resolve().name
     if failures:
         sys.exit(f"{name} refuses {len(failures)} of {len(jobs)}")
-    print(f"{name} (nvPTXCompiler {jit.version()}) takes {len(images)} images for {', '.join(arguments.chips)}")
+    print(f"{name} (nvPTXCompiler {jit.version()}) takes {len(cut)} kernels for {', '.join(arguments.chips)}")
 
 
 if __name__ == "__main__":

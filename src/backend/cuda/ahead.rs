@@ -91,11 +91,16 @@ pub(crate) struct Ahead {
 impl Ahead {
     /// Nothing is launched ahead unless `enabled`.
     pub(crate) fn new(gpu: &Gpu, stream: &Arc<CudaStream>, enabled: bool) -> Result<Self> {
+        let (advance, stamp) = (gpu.kernel("step", "advance")?, gpu.kernel("step", "stamp")?);
+        if enabled {
+            // Nothing is loaded while a graph is recorded, and all its other kernels ran in the steps before it.
+            gpu.load_all(&[&advance, &stamp], || Ok(()))?;
+        }
         Ok(Self {
             graphs: HashMap::new(),
             chain: None,
-            advance: gpu.kernel("step", "advance")?,
-            stamp: gpu.kernel("step", "stamp")?,
+            advance,
+            stamp,
             stamps: gpu.zeros(stream, 2, "the times of a step")?,
             rows: Vec::new(),
             blocks: Vec::new(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::device::Gpu;
-use super::kernels::{MOST_ROWS, SPLIT, wide_module};
+use super::kernels::{MOST_ROWS, SPLIT, split_words};
 use super::lora::rank_of;
 use super::memory::Buffer;
 use super::plan::{LISTS, MAX_GROUP, Members};
@@ -134,15 +134,13 @@ impl Sizes {
         let parts = parts.max(rows.min(rows_of_a_part(heads, 1, head_dim)) * heads);
         let most = (PARTIAL_BYTES / (head_dim * size_of::<f32>())).max(parts).min(rows * heads * splits);
         let widest = config.hidden_size.max(heads * head_dim).max(config.intermediate_size);
-        let is_split = wide_module(dtype).is_some() && rows > MOST_ROWS;
         Self {
             hidden: rows * stride(config.hidden_size),
             queries: rows * stride(heads * head_dim),
             attended: rows * stride(heads * head_dim),
             activated: rows * stride(config.intermediate_size),
             low_rank: rows * 3 * rank,
-            // Two 16-bit numbers are one of 32, and sixteen bytes hold the factor.
-            split: if is_split { rows * (stride(widest) + 4) } else { 0 },
+            split: if rows > MOST_ROWS { rows * split_words(dtype, stride(widest)) } else { 0 },
             partial: most * head_dim,
             state: most * 2,
             lists: LISTS * rows.max(MAX_GROUP + 1),

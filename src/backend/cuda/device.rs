@@ -7,8 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute};
 use cudarc::driver::{
-    CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DeviceRepr, DriverError, LaunchConfig,
-    PushKernelArg,
+    CudaContext, CudaEvent, CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
 };
 use cudarc::nvrtc::Ptx;
 
@@ -29,17 +28,22 @@ pub struct Gpu {
     multiprocessors: usize,
     shared_bytes: usize,
     context: Arc<CudaContext>,
-    modules: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
+    kernels: Mutex<HashMap<String, Kernel>>,
     launches: AtomicU64,
     /// The first failure: after it the context can't be trusted, and every call reports it.
     failure: OnceLock<(String, String)>,
 }
 
-/// A kernel of the images.
+/// A kernel of the images, which is loaded when it is first needed. Cheap to share.
 #[derive(Clone, Debug)]
-pub(crate) struct Kernel {
-    function: CudaFunction,
-    symbol: Arc<str>,
+pub(crate) struct Kernel(Arc<Loading>);
+
+#[derive(Debug)]
+struct Loading {
+    module: &'static str,
+    symbol: String,
+    /// Locked while it is loaded, so that others wait for it.
+    function: Mutex<Option<CudaFunction>>,
 }
 
 /// How many blocks and threads run a kernel.
@@ -112,7 +116,7 @@ impl Gpu {
             multiprocessors: number(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             shared_bytes: number(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
             context,
-            modules: Mutex::default(),
+            kernels: Mutex::default(),
             launches: AtomicU64::new(0),
             failure: OnceLock::new(),
         })
@@ -197,41 +201,69 @@ impl Gpu {
         self.call(|| "cuEventSynchronize".to_owned(), || event.synchronize())
     }
 
-    /// The kernel `symbol` of the image `module`, loaded where it isn't yet.
+    /// The kernel `symbol` of the image `module`.
     ///
     /// # Errors
-    /// [`Error::Cuda`] where the driver doesn't take the image (with the log of its compiler), or has no such kernel.
+    /// [`Error::Cuda`] where no such kernel is built in.
     pub(crate) fn kernel(&self, module: &'static str, symbol: &str) -> Result<Kernel> {
-        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        let loaded = match modules.get(module) {
-            Some(loaded) => Arc::clone(loaded),
-            None => {
-                let loaded = self.load(module)?;
-                modules.insert(module, Arc::clone(&loaded));
-                loaded
-            }
-        };
-        let operation = || format!("cuModuleGetFunction of {symbol} in {module}");
-        let function = self.call(operation, || loaded.load_function(symbol))?;
-        Ok(Kernel { function, symbol: symbol.into() })
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernel) = kernels.get(symbol) {
+            return Ok(kernel.clone());
+        }
+        if !images::kernels(module).any(|(name, _)| name == symbol) {
+            return Err(self.error(&format!("{symbol} of {module}"), "no such kernel is built in"));
+        }
+        let loading = Loading { module, symbol: symbol.to_owned(), function: Mutex::default() };
+        let kernel = Kernel(Arc::new(loading));
+        kernels.insert(symbol.to_owned(), kernel.clone());
+        Ok(kernel)
     }
 
-    fn load(&self, module: &'static str) -> Result<Arc<CudaModule>> {
-        let operation = || format!("cuModuleLoadData of {module}");
-        let image = images::ptx(module).ok_or_else(|| Error::Cuda {
-            device: self.ordinal,
-            operation: operation(),
-            reason: "no such image is built in".to_owned(),
-        })?;
-        self.call_with(operation, || self.context.load_module(Ptx::from_src(image)), || jit_log(image))
+    /// Loads a kernel, for which the driver may have to compile it, unless it has been loaded. Several threads may do so.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] where the driver doesn't take the image (with the log of its compiler).
+    pub(crate) fn load(&self, kernel: &Kernel) -> Result<CudaFunction> {
+        let Loading { module, symbol, function } = &*kernel.0;
+        let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = &*function {
+            return Ok(function.clone());
+        }
+        let image = images::ptx(module, symbol).unwrap_or_default();
+        let loaded = self.call_with(
+            || format!("cuModuleLoadData of {symbol} in {module}"),
+            || self.context.load_module(Ptx::from_src(&image))?.load_function(symbol),
+            || jit_log(&image),
+        )?;
+        Ok(function.insert(loaded).clone())
+    }
+
+    /// Loads kernels at the same time, each in a thread of its own, while `meanwhile` runs.
+    ///
+    /// # Errors
+    /// What `meanwhile` fails with, or as [`load`](Self::load).
+    pub(crate) fn load_all<T>(
+        &self,
+        kernels: &[&Kernel],
+        meanwhile: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                kernels.iter().map(|kernel| scope.spawn(|| self.load(kernel).map(drop))).collect();
+            let done = meanwhile();
+            // A thread that couldn't load its kernel has left the failure where every later call finds it.
+            threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Ok(()))).and(done)
+        })
     }
 
     /// Lets a kernel have more than the 48 KiB of dynamic shared memory that every kernel may have.
     pub(crate) fn allow_shared(&self, kernel: &Kernel, bytes: usize) -> Result<()> {
         let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         let value = i32::try_from(bytes).unwrap_or(i32::MAX);
-        let operation = || format!("cuFuncSetAttribute of {}: {bytes} bytes of shared memory", kernel.symbol);
-        self.call(operation, || kernel.function.set_attribute(attribute, value))
+        let function = self.load(kernel)?;
+        let operation =
+            || format!("cuFuncSetAttribute of {}: {bytes} bytes of shared memory", kernel.0.symbol);
+        self.call(operation, || function.set_attribute(attribute, value))
     }
 
     /// Puts a launch of `kernel` into `stream`.
@@ -248,10 +280,11 @@ impl Gpu {
     ) -> Result<()> {
         let config =
             LaunchConfig { grid_dim: grid.blocks, block_dim: grid.threads, shared_mem_bytes: grid.shared };
-        let operation = || format!("launch of {} with {:?}", kernel.symbol, grid);
+        let function = self.load(kernel)?;
+        let operation = || format!("launch of {} with {:?}", kernel.0.symbol, grid);
         self.count_launches(1);
         self.call(operation, || {
-            let mut builder = stream.launch_builder(&kernel.function);
+            let mut builder = stream.launch_builder(&function);
             builder.arg(args);
             // SAFETY: the caller's promise.
             unsafe { builder.launch(config) }.map(|_| ())

@@ -20,7 +20,7 @@ use super::kernels::{
 use super::lora::{DeviceAdapters, Stage};
 use super::memory::Buffer;
 use super::plan::{LISTS, Members, Plan};
-use super::weights::{DeviceWeights, LayerLayout, stride};
+use super::weights::{DeviceWeights, LayerLayout, Layout, stride};
 use crate::adapter::LoraAdapter;
 use crate::backend::{Batch, Limits, Row};
 use crate::config::LlamaConfig;
@@ -123,23 +123,29 @@ impl Group {
             .iter()
             .map(|&owner| (&*all[owner].weights, all[owner].config.rms_norm_eps))
             .collect();
-        let weights = DeviceWeights::upload(gpu, &stream, &config, &sets, ensemble.vocab_size(), progress)?;
+        let of_sets: Vec<&LlamaWeights> = sets.iter().map(|(weights, _)| *weights).collect();
+        let layout = Layout::new(&config, &of_sets, ensemble.vocab_size());
+        let dtype = layout.dtype;
+        let group = config.num_attention_heads / config.num_key_value_heads.max(1);
+        let kernels = Kernels::new(gpu, dtype, group, config.head_dim)?;
+        let extent = Extent::of(ensemble, &members, limits);
+        let first = kernels.first(members.most_of_a_set(), extent.capacity);
+        let weights = gpu.load_all(&first, || {
+            DeviceWeights::upload(gpu, &stream, layout, &sets, ensemble.vocab_size(), progress)
+        })?;
         let lora: Vec<&LoraAdapter> =
             members.models.iter().filter_map(|&model| all[model].adapter.as_deref()).collect();
         let adapters = DeviceAdapters::upload(gpu, &stream, &config, &lora, sets.len())?;
 
-        let dtype = weights.layout.dtype;
-        let Extent { positions, capacity, table_stride, layer_bytes } =
-            Extent::of(ensemble, &members, limits);
+        let Extent { positions, capacity, table_stride, layer_bytes } = extent;
         let model_bytes = layer_bytes * config.num_hidden_layers;
         let cache = gpu.zeros(&stream, model_bytes * members.models.len(), "the key-value cache")?;
         let angles = Angles::new(gpu, &stream, &rotations(ensemble, &members), positions)?;
         let rank = adapters.as_ref().map_or(0, |adapters| adapters.rank);
         let sizes = Sizes::new(&config, dtype, (capacity, positions, table_stride, rank));
         let buffers = Buffers::new(gpu, &stream, sizes)?;
-        let group = config.num_attention_heads / config.num_key_value_heads.max(1);
         Ok(Some(Self {
-            kernels: Kernels::load(gpu, dtype, group, config.head_dim)?,
+            kernels,
             gpu: Arc::clone(gpu),
             stream,
             config,
@@ -446,7 +452,8 @@ impl Group {
         }
     }
 
-    /// Launches a projection: once for each sixteen rows of a set, or on tensor cores where they are more.
+    /// Launches a projection: on tensor cores where a set has more than sixteen rows; where a grid has no room for so
+    /// many outputs, once for each sixteen of them.
     fn project<A: cudarc::driver::DeviceRepr>(
         &self,
         projections: &Projections,
@@ -457,13 +464,15 @@ impl Group {
     ) -> Result<()> {
         let tiles = units.div_ceil(WIDE_UNITS);
         let wide = projections.wide(rows.most).filter(|_| tiles <= MOST_BLOCKS_Y);
-        if let (Some(kernel), Some(split)) = (wide, &self.kernels.split_rows) {
+        if let Some(kernel) = wide {
             let to = self.buffers.split.address();
             let blocks = (u32_of(rows.all), 1 + product.low_rank().div_ceil(SPLIT_WARPS), 1);
             let grid = Grid { blocks, threads: (128, 1, 1), shared: 0 };
             // SAFETY: a row for each index of the lists; `split` has as many, as wide as the widest input (see
             // `Sizes::new`), and `low_rank` has three parts of `rank` numbers a row.
-            unsafe { self.gpu.launch(&self.stream, split, grid, &SplitArgs { product, to }) }?;
+            unsafe {
+                self.gpu.launch(&self.stream, &self.kernels.split_rows, grid, &SplitArgs { product, to })
+            }?;
             product.x = to;
             let blocks = (u32_of(rows.most.div_ceil(WIDE_ROWS)), u32_of(tiles), self.sets());
             let grid = Grid { blocks, threads: (256, 1, 1), shared: 0 };

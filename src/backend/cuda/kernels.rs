@@ -219,22 +219,22 @@ unsafe impl DeviceRepr for AdvanceArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for StampArgs {}
 
-/// One projection: for each number of rows, and for more on tensor cores where the weights have 16 bits.
+/// One projection: for each number of rows, and for more on tensor cores.
 pub(crate) struct Projections {
     few: [Kernel; 4],
-    wide: Option<Kernel>,
+    wide: Kernel,
 }
 
 impl Projections {
-    fn load(gpu: &Gpu, name: &str, dtype: Dtype) -> Result<Self> {
+    fn new(gpu: &Gpu, name: &str, dtype: Dtype) -> Result<Self> {
         let module = match dtype {
             Dtype::F32 => "gemv_f32",
             Dtype::F16 => "gemv_f16",
             Dtype::Bf16 => "gemv_bf16",
         };
         let [a, b, c, d] = ROWS.map(|rows| gpu.kernel(module, &format!("{name}_{dtype}_{rows}")));
-        let wide = wide_module(dtype).map(|module| gpu.kernel(module, &format!("{name}_wide_{dtype}")));
-        Ok(Self { few: [a?, b?, c?, d?], wide: wide.transpose()? })
+        let wide = gpu.kernel(wide_module(dtype), &format!("{name}_wide_{dtype}"))?;
+        Ok(Self { few: [a?, b?, c?, d?], wide })
     }
 
     /// The kernel for `rows` rows, at most [`MOST_ROWS`], and its M.
@@ -245,17 +245,23 @@ impl Projections {
 
     /// The kernel on tensor cores, where `rows` are so many that it is used.
     pub(crate) fn wide(&self, rows: usize) -> Option<&Kernel> {
-        self.wide.as_ref().filter(|_| rows > MOST_ROWS)
+        (rows > MOST_ROWS).then_some(&self.wide)
     }
 }
 
-/// The image of the products on tensor cores. There is none for f32, whose weights would have to be split as well.
-pub(crate) fn wide_module(dtype: Dtype) -> Option<&'static str> {
+/// The image of the products on tensor cores.
+fn wide_module(dtype: Dtype) -> &'static str {
     match dtype {
-        Dtype::F32 => None,
-        Dtype::F16 => Some("gemm_f16"),
-        Dtype::Bf16 => Some("gemm_bf16"),
+        Dtype::F32 => "gemm_f32",
+        Dtype::F16 => "gemm_f16",
+        Dtype::Bf16 => "gemm_bf16",
     }
+}
+
+/// Words of 32 bits of a row as tensor cores take it, see `split_rows` in gemm_projections.cuh: two numbers of the
+/// weights' type for each column, and sixteen bytes.
+pub(crate) fn split_words(dtype: Dtype, stride: usize) -> usize {
+    2 * stride * dtype.size() / size_of::<u32>() + 4
 }
 
 /// Panels that fit shared memory at once for M rows of `stride` columns, and the shared memory of that, in bytes.
@@ -274,7 +280,7 @@ pub(crate) struct Kernels {
     pub(crate) gate_up: Projections,
     pub(crate) lm_head: Projections,
     /// Prepares rows for tensor cores.
-    pub(crate) split_rows: Option<Kernel>,
+    pub(crate) split_rows: Kernel,
     /// With the query heads of a block.
     pub(crate) attention: (Kernel, usize),
     pub(crate) merge: Kernel,
@@ -284,17 +290,15 @@ pub(crate) struct Kernels {
 
 impl Kernels {
     /// For `group` query heads of `head_dim` numbers a key head.
-    pub(crate) fn load(gpu: &Gpu, dtype: Dtype, group: usize, head_dim: usize) -> Result<Self> {
+    pub(crate) fn new(gpu: &Gpu, dtype: Dtype, group: usize, head_dim: usize) -> Result<Self> {
         let heads = HEADS.into_iter().find(|&heads| group <= heads).unwrap_or(HEADS[HEADS.len() - 1]);
         Ok(Self {
             embed: gpu.kernel("embed", &format!("embed_{dtype}"))?,
-            qkv: Projections::load(gpu, "qkv", dtype)?,
-            residual: Projections::load(gpu, "residual", dtype)?,
-            gate_up: Projections::load(gpu, "gate_up", dtype)?,
-            lm_head: Projections::load(gpu, "lm_head", dtype)?,
-            split_rows: wide_module(dtype)
-                .map(|module| gpu.kernel(module, &format!("split_rows_{dtype}")))
-                .transpose()?,
+            qkv: Projections::new(gpu, "qkv", dtype)?,
+            residual: Projections::new(gpu, "residual", dtype)?,
+            gate_up: Projections::new(gpu, "gate_up", dtype)?,
+            lm_head: Projections::new(gpu, "lm_head", dtype)?,
+            split_rows: gpu.kernel(wide_module(dtype), &format!("split_rows_{dtype}"))?,
             attention: (gpu.kernel("attention", &format!("attention_{heads}"))?, heads),
             merge: gpu.kernel("attention", "attention_merge")?,
             attention_wide: head_dim
@@ -303,6 +307,20 @@ impl Kernels {
                 .map(|name| gpu.kernel("attention_wide", name))
                 .transpose()?,
         })
+    }
+
+    /// What nearly every generation needs: a step of `rows` rows of a set, and a prompt where a turn can have `capacity`
+    /// rows.
+    pub(crate) fn first(&self, rows: usize, capacity: usize) -> Vec<&Kernel> {
+        let Self { embed, qkv, residual, gate_up, lm_head, split_rows, attention, merge, .. } = self;
+        let step = [qkv, residual, gate_up, lm_head].map(|projections| projections.few(rows).0);
+        let mut first = vec![embed, &attention.0, merge];
+        first.extend(step);
+        if capacity > MOST_ROWS {
+            first.extend([&qkv.wide, &residual.wide, &gate_up.wide, split_rows]);
+            first.extend(&self.attention_wide);
+        }
+        first
     }
 }
 

@@ -56,6 +56,12 @@ impl Members {
         members
     }
 
+    /// Models of the set that has the most.
+    pub(crate) fn most_of_a_set(&self) -> usize {
+        let models_of = |set| self.set.iter().filter(|&&other| other == set).count();
+        (0..self.owners.len()).map(models_of).max().unwrap_or(0)
+    }
+
     /// The place of the model `model` of the ensemble in this group.
     pub(crate) fn place(&self, model: usize) -> Option<usize> {
         self.models.iter().position(|&member| member == model)
@@ -252,6 +258,7 @@ mod tests {
         assert_eq!(plan.tables, [0, 1, 0, 20, 21, 0, 10, 11, 0]);
         assert_eq!(plan.table, [0, 0, 1, 1, 2]);
         assert_eq!((plan.most_rows(), plan.most_wanted(), plan.last_position()), (4, 2, 17));
+        assert_eq!(members.most_of_a_set(), 2);
     }
 
     #[test]

@@ -62,3 +62,33 @@ fn more_memory_than_there_is_is_refused_with_numbers() {
     // A refusal isn't a failure: the GPU goes on.
     gpu.zeros::<u8>(&stream, 1 << 10, "a cache").unwrap();
 }
+
+#[test]
+fn a_kernel_is_loaded_once_and_by_itself() {
+    let (device, gpu) = virtual_gpu("a100");
+    let kernels = ["advance", "stamp"].map(|symbol| gpu.kernel("step", symbol).unwrap());
+    let loads = || device.calls("cuModuleLoadData");
+    assert_eq!(loads(), 0);
+    let [advance, stamp] = &kernels;
+    let again = gpu.kernel("step", "stamp").unwrap();
+    let meanwhile = gpu.load_all(&[stamp, advance, &again, stamp], || Ok(7)).unwrap();
+    assert_eq!((meanwhile, loads(), device.calls("cuModuleGetFunction")), (7, 2, 2));
+    gpu.load(&again).unwrap();
+    assert_eq!(loads(), 2);
+    let message = gpu.kernel("step", "halt").unwrap_err().to_string();
+    assert_eq!(message, format!("cuda:{}: halt of step: no such kernel is built in", gpu.ordinal()));
+}
+
+#[test]
+fn a_kernel_that_the_driver_refuses_is_named_with_the_compilers_words() {
+    let (device, gpu) = virtual_gpu("a100");
+    device.mutate("stamp", "mov.*globaltimer", 0, "no_such_register");
+    let kernels = ["advance", "stamp"].map(|symbol| gpu.kernel("step", symbol).unwrap());
+    // One thread finds it, and so does whoever comes next.
+    let [advance, stamp] = &kernels;
+    let message = gpu.load_all(&[advance, stamp], || Ok(())).unwrap_err().to_string();
+    assert!(message.contains("cuModuleLoadData of stamp in step: CUDA_ERROR_INVALID_PTX"), "{message}");
+    assert!(message.contains("no_such_register"), "{message}");
+    let later = gpu.load_all(&[], || gpu.stream().map(drop)).unwrap_err().to_string();
+    assert_eq!(later, message);
+}

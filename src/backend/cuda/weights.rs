@@ -164,20 +164,18 @@ pub(crate) struct DeviceWeights {
 }
 
 impl DeviceWeights {
-    /// Copies `sets` to the GPU, each with its `rms_norm_eps`; `progress` gets bytes as they go.
+    /// Copies `sets`, of which `layout` is, to the GPU, each with its `rms_norm_eps`; `progress` gets bytes as they go.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) where they don't fit, [`Error::Cuda`](crate::Error::Cuda).
     pub(crate) fn upload(
         gpu: &Gpu,
         stream: &Arc<CudaStream>,
-        config: &LlamaConfig,
+        layout: Layout,
         sets: &[(&LlamaWeights, f32)],
         vocab_size: usize,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Self> {
-        let weights: Vec<&LlamaWeights> = sets.iter().map(|(weights, _)| *weights).collect();
-        let layout = Layout::new(config, &weights, vocab_size);
         let mut arena = gpu.zeros::<u8>(stream, layout.bytes * sets.len(), "weights")?;
         let mut uploader = Uploader::new(gpu, stream, progress)?;
         for (index, &(set, eps)) in sets.iter().enumerate() {

@@ -1,5 +1,7 @@
 //! attention.cu: the splits by themselves, and their merge by itself; attention_wide.cu.
 
+use virtual_gpu::exec::Accumulate;
+
 use super::bed::{Bed, DTYPES, Found, Near, ROUNDING, Rng, assert_noticed};
 use crate::backend::cuda::device::Grid;
 use crate::backend::cuda::kernels::{AttentionArgs, Kernels, SPLIT};
@@ -185,7 +187,7 @@ fn attention(bed: &Bed, case: Case) -> Found {
         model_stride: (cache.of_model * size_of::<f32>()) as u64,
         ..case.args(cache.table_stride)
     };
-    let kernels = Kernels::load(&bed.gpu, DTYPES[0], heads / kv_heads, head_dim).unwrap();
+    let kernels = Kernels::new(&bed.gpu, DTYPES[0], heads / kv_heads, head_dim).unwrap();
     let (kernel, group) = (&kernels.attention.0, kernels.attention.1);
     let chunks = (heads / kv_heads).div_ceil(group);
     let shared = 4 * group * (head_dim + 2) * size_of::<f32>();
@@ -264,6 +266,10 @@ fn tiles(bed: &Bed, case: Case, spoilt: bool) -> Found {
     let Case { heads, kv_heads, head_dim, lengths, sharpness } = case;
     let rng = &mut Rng((heads * 31 + head_dim) as u64);
     let (mut cache, query_stride) = (Cache::new(case, rng), stride(heads * head_dim));
+    if sharpness == 0.0 {
+        // Equal weights of values of one sign: sums that only grow.
+        cache.numbers.iter_mut().for_each(|number| *number = number.abs());
+    }
     if spoilt {
         let at = cache.at(case, 0, lengths[0] - 1, kv_heads);
         cache.numbers[at + head_dim / 2] = f32::NAN;
@@ -303,7 +309,7 @@ fn tiles(bed: &Bed, case: Case, spoilt: bool) -> Found {
         model_stride: (cache.of_model * size_of::<f32>()) as u64,
         ..case.args(cache.table_stride)
     };
-    let kernels = Kernels::load(&bed.gpu, DTYPES[0], heads / kv_heads, head_dim).unwrap();
+    let kernels = Kernels::new(&bed.gpu, DTYPES[0], heads / kv_heads, head_dim).unwrap();
     let blocks = (lists[4].len() as u32, heads as u32, head_dim.div_ceil(128) as u32);
     let shared = 2 * BLOCK_SIZE * (head_dim.next_multiple_of(32) + 4) * size_of::<f32>();
     let grid = Grid { blocks, threads: (128, 1, 1), shared: shared as u32 };
@@ -360,14 +366,30 @@ fn causal(
     // Each factor lacks 2⁻²¹, the low parts' product as much; a sum of three products for each column; the scale.
     let of_score = 3.0 * 8.0 + 3.0 * case.head_dim as f64 + 2.0;
     let blocks = (position / BLOCK_SIZE + 1) as f64;
+    // Blocks in which the top may grow: all that were summed is multiplied with an exponential.
+    let (mut growing, mut highest) = (0.0, f64::NEG_INFINITY);
+    for block in scores.chunks(BLOCK_SIZE) {
+        let high = block
+            .iter()
+            .map(|(score, size)| score + 2.0 * of_score * ROUNDING * size)
+            .fold(highest, f64::max);
+        growing += f64::from(high > highest);
+        let sure = block
+            .iter()
+            .map(|(score, size)| score - 2.0 * of_score * ROUNDING * size)
+            .fold(highest, f64::max);
+        highest = highest.max(sure);
+    }
     let (mut l, mut l_error) = (0.0, 0.0);
     let mut o = vec![(0.0, 0.0); case.head_dim];
     for (p, (score, size)) in scores.iter().enumerate() {
         let weight = (score - top).exp();
-        // The score; its distance from the top, rounded as often as the top grew; an exponential and two roundings a
-        // block; the weight and the value as two numbers of eleven bits, and sums over the positions of a block.
+        // The score; its distance from the top, rounded as often as the top grew; an exponential and a product wherever
+        // it did, and a sum for each block from its own on; the weight and the value as two numbers of eleven bits; six
+        // sums in its own block, which may be cut off, or six over its positions and lanes.
+        let sums = blocks - (p / BLOCK_SIZE) as f64;
         let off =
-            of_score * size + (2.0 * (top - score) + 3.0 + 7.0 * blocks + 3.0 * 8.0 + 3.0 * 16.0 * blocks);
+            of_score * size + (2.0 * (top - score) + 3.0 + 6.0 * growing + sums + 3.0 * 8.0 + 2.0 * 6.0);
         let error = weight * ((off * ROUNDING).exp() - 1.0);
         (l, l_error) = (l + weight, l_error + error);
         for (o, &v) in o.iter_mut().zip(numbers(p, case.kv_heads + kv_head)) {
@@ -444,6 +466,17 @@ fn tiles_against_a_plain_softmax() {
         tiles(&bed, case, true).unwrap();
     }
     bed.assert_every(&["attention_wide"], |_| true);
+}
+
+/// Tensor cores may cut their sums off: over many blocks of one sign those would drift away, were they left to them.
+#[test]
+fn sums_of_values_do_not_drift_where_they_are_cut_off() {
+    let case = Case { heads: 1, kv_heads: 1, head_dim: 16, lengths: &[10_000], sharpness: 0.0 };
+    for mode in [Accumulate::Truncating, Accumulate::Sequential, Accumulate::Exact] {
+        let bed = Bed::new();
+        bed.device.accumulate(mode);
+        tiles(&bed, case, false).unwrap();
+    }
 }
 
 #[test]

@@ -77,9 +77,8 @@ impl Bed {
 
     /// Whether the kernels launched here are all of an image that `is_mine` names.
     pub(super) fn assert_every(&self, modules: &[&str], is_mine: impl Fn(&str) -> bool) {
-        let text: String = modules.iter().filter_map(|module| images::ptx(module)).collect();
-        let names = text.lines().filter_map(|line| line.split_once(".entry "));
-        let names = names.map(|(_, name)| name.trim_end_matches('(').trim().to_owned());
+        let names =
+            modules.iter().flat_map(|module| images::kernels(module)).map(|(name, _)| name.to_owned());
         let shipped: BTreeSet<String> = names.filter(|name| is_mine(name)).collect();
         let launched: BTreeSet<String> = self
             .device

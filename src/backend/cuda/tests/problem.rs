@@ -6,7 +6,7 @@ use super::bed::{Arena, Bed, Found, Output, ROUNDING, Rng, Sum, firsts, padded, 
 use crate::backend::cuda::device::Grid;
 use crate::backend::cuda::kernels::{
     Kernels, MOST_ROWS, PANEL, Product, Projections, SPLIT_WARPS, SplitArgs, WARPS, WIDE_ROWS, WIDE_UNITS,
-    staging,
+    split_words, staging,
 };
 use crate::backend::cuda::memory::Buffer;
 use crate::backend::cuda::weights::stride;
@@ -17,6 +17,10 @@ const NO_ADAPTER: u32 = u32::MAX;
 fn eps(set: usize) -> f32 {
     1e-5 + set as f32
 }
+
+/// What tensor cores lose of an f32 weight, in roundings: of its halves of eleven bits the second is cut off, 2⁻²¹; and the
+/// product of both low halves, 2⁻¹⁰ · 2⁻¹¹, is left out.
+const LOST_OF_W: usize = 8 + 8;
 
 /// What a projection is given.
 #[derive(Clone, Copy, Debug)]
@@ -55,6 +59,8 @@ pub(super) struct Problem {
     pub(super) indices: Vec<u32>,
     /// Of the set that has the most of them.
     pub(super) most: usize,
+    /// Whether more than sixteen go to tensor cores, as wherever a grid has room for all outputs.
+    pub(super) may_be_wide: bool,
     adapter: Vec<u32>,
     lora: Vec<Lora>,
     lora_t: Output,
@@ -133,6 +139,7 @@ impl Problem {
             set_of,
             indices,
             most,
+            may_be_wide: true,
             adapter,
             lora,
             lora_t,
@@ -142,13 +149,27 @@ impl Problem {
         }
     }
 
+    /// The same of the absolute values of an f32 set's weights and of x: sums that only grow.
+    pub(super) fn without_signs(mut self, bed: &Bed) -> Self {
+        let cols = self.case.cols;
+        for numbers in [&mut self.x, &mut self.sets[0].weights] {
+            numbers.iter_mut().for_each(|number| *number = number.abs());
+        }
+        let bytes: Vec<u8> =
+            padded(&self.sets[0].weights, cols, 0.0).iter().flat_map(|w| w.to_le_bytes()).collect();
+        let at = (self.product.weights - self._alive.0.address()) as usize;
+        bed.gpu.write(&bed.stream, &mut self._alive.0, at, &bytes).unwrap();
+        bed.gpu.write(&bed.stream, &mut self._alive.1[0], 0, &padded(&self.x, cols, 0.0)).unwrap();
+        self
+    }
+
     pub(super) fn rows(&self) -> usize {
         self.set_of.len()
     }
 
     /// Whether tensor cores compute it.
     pub(super) fn is_wide(&self) -> bool {
-        self.case.dtype != Dtype::F32 && self.most > MOST_ROWS
+        self.may_be_wide && self.most > MOST_ROWS
     }
 
     /// w · x, or w · rms_norm(x), of a row.
@@ -204,18 +225,30 @@ impl Problem {
     /// the squares, whose relative error is halved by the root (eight a panel half, five over the lanes, one a panel);
     /// mean, ε, root, reciprocal, the scaling; or those of t, and of B t, whose lanes are summed; two more additions.
     ///
-    /// On tensor cores: two sums of each 16 columns, which may be cut off instead of rounded; what two 16-bit numbers
-    /// lose, 2⁻¹⁶ in bf16 and 2⁻²² in f16; the squares along 128 lanes; B t in one go; and the rest as above.
+    /// On tensor cores: two sums of each 16 columns, which may be cut off instead of rounded; what the halves lose; the
+    /// squares along 128 lanes; B t in one go; and the rest as above. In f32 six sums of each 16 columns, which may be
+    /// cut off, by themselves, and then one.
     pub(super) fn roundings(&self) -> usize {
         let Case { dtype, cols, rank, .. } = self.case;
         if self.is_wide() {
-            let split = if dtype == Dtype::Bf16 { 256 } else { 4 };
-            let of_w = 4 * cols.div_ceil(16) + split + 1 + (4 * cols.div_ceil(512) + 8) / 2 + 5;
+            let sixteens = cols.div_ceil(16);
+            let sums = if dtype == Dtype::F32 { sixteens + 12 + LOST_OF_W } else { 4 * sixteens };
+            let of_w = sums + self.lost() + 1 + (4 * cols.div_ceil(512) + 8) / 2 + 5;
             return of_w.max(self.roundings_of_t() + rank) + 2;
         }
         let panels = cols.div_ceil(PANEL);
         let of_w = 8 * panels + 5 + 1 + (8 + 5 + panels) / 2 + 5;
         of_w.max(self.roundings_of_t() + rank.div_ceil(32) + 5) + 2
+    }
+
+    /// What the halves of an activation lose, in roundings: 2⁻¹⁶ in bf16, 2⁻²² in f16, 2⁻²³ in f32, of which tensor cores
+    /// see eleven bits each, rounded.
+    fn lost(&self) -> usize {
+        match self.case.dtype {
+            Dtype::Bf16 => 256,
+            Dtype::F16 => 4,
+            Dtype::F32 => 2,
+        }
     }
 
     /// What `Group::project` launches; A x, which it leaves behind, is checked.
@@ -242,11 +275,11 @@ impl Problem {
         args: impl Fn(Product) -> A,
     ) -> Found {
         let (mut product, sets) = (self.product, self.sets.len() as u32);
-        if let Some(kernel) = projections.wide(self.most) {
-            let split = bed.fresh(self.indices.len() * (product.stride as usize + 4));
+        if let Some(kernel) = projections.wide(self.most).filter(|_| self.may_be_wide) {
+            let split = bed.fresh(self.indices.len() * split_words(self.case.dtype, product.stride as usize));
             let blocks = (self.indices.len() as u32, 1 + product.low_rank().div_ceil(SPLIT_WARPS), 1);
             let grid = Grid { blocks, threads: (128, 1, 1), shared: 0 };
-            let split_rows = self.kernels(bed).split_rows.ok_or("no split_rows")?;
+            let split_rows = self.kernels(bed).split_rows;
             bed.launch(&split_rows, grid, &SplitArgs { product, to: split.address() })?;
             self.check_split(&split.numbers(bed)?)?;
             product.x = split.address();
@@ -275,9 +308,10 @@ impl Problem {
     /// What `split_rows` wrote for each index: (high + low) · factor is the row, normalised.
     fn check_split(&self, split: &[f32]) -> Found {
         let (cols, width) = (self.case.cols, self.product.stride as usize);
-        for (&row, split) in self.indices.iter().zip(split.chunks(width + 4)) {
-            let halves: Vec<f64> = split.iter().flat_map(|pair| self.halves(*pair)).collect();
-            let factor = f64::from(split[width]);
+        let words = split_words(self.case.dtype, width);
+        for (&row, split) in self.indices.iter().zip(split.chunks(words)) {
+            let halves: Vec<f64> = split.iter().flat_map(|&word| self.halves(word)).collect();
+            let factor = f64::from(split[words - 4]);
             let x = &self.x[row as usize * cols..][..cols];
             let squares: f64 = x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
             let eps = f64::from(eps(self.set_of[row as usize]));
@@ -292,8 +326,7 @@ impl Problem {
             // What the low half loses of a number, or of the row's largest in f16, whose smallest step is 2⁻²⁴ where the
             // largest number is 2¹⁴; and the roundings of x · norm and of the factor, as in `roundings`.
             let largest = (0..cols).map(|k| exact(k).abs()).fold(0.0, f64::max);
-            let lost = if self.case.dtype == Dtype::Bf16 { 256.0 } else { 4.0 };
-            let roundings = lost + 1.0 + (4 * cols.div_ceil(512) + 8) as f64 / 2.0 + 5.0;
+            let roundings = self.lost() as f64 + 1.0 + (4 * cols.div_ceil(512) + 8) as f64 / 2.0 + 5.0;
             for k in 0..width {
                 let found = (halves[k] + halves[width + k]) * factor;
                 let most = roundings * ROUNDING * exact(k).abs() + largest * 2.0_f64.powi(-38);
@@ -310,16 +343,18 @@ impl Problem {
         Ok(())
     }
 
-    /// The two 16-bit numbers that lie where an f32 would.
-    fn halves(&self, pair: f32) -> [f64; 2] {
-        let bits = pair.to_bits();
-        [bits as u16, (bits >> 16) as u16].map(|bits| match self.case.dtype {
-            Dtype::Bf16 => bf16::from_bits(bits).to_f64(),
-            _ => f16::from_bits(bits).to_f64(),
-        })
+    /// The numbers that lie where an f32 would: one as tensor cores see it, or two of 16 bits.
+    fn halves(&self, word: f32) -> Vec<f64> {
+        let bits = word.to_bits();
+        let pair = [bits as u16, (bits >> 16) as u16];
+        match self.case.dtype {
+            Dtype::F32 => vec![f64::from(f32::from_bits(bits & !0x1FFF))],
+            Dtype::F16 => pair.map(|bits| f16::from_bits(bits).to_f64()).to_vec(),
+            Dtype::Bf16 => pair.map(|bits| bf16::from_bits(bits).to_f64()).to_vec(),
+        }
     }
 
     pub(super) fn kernels(&self, bed: &Bed) -> Kernels {
-        Kernels::load(&bed.gpu, self.case.dtype, 1, 64).unwrap()
+        Kernels::new(&bed.gpu, self.case.dtype, 1, 64).unwrap()
     }
 }

@@ -1,5 +1,7 @@
 //! projections.cuh: each of the four kernels, in every dtype and for every number of rows.
 
+use virtual_gpu::exec::Accumulate;
+
 use super::bed::{Bed, DTYPES, Found, Near, ROUNDING, assert_noticed, firsts};
 use super::problem::{Case, Problem};
 use crate::backend::cuda::kernels::{IntoArgs, LmHeadArgs, QkvArgs};
@@ -9,7 +11,11 @@ use crate::weights::Dtype;
 
 /// The output projection, and that of the feed-forward: hidden += W x + b.
 pub(super) fn residual(bed: &Bed, case: Case, n: usize) -> Found {
-    let mut problem = Problem::new(bed, case, (n, 1, false));
+    residual_of(bed, Problem::new(bed, case, (n, 1, false)))
+}
+
+fn residual_of(bed: &Bed, mut problem: Problem) -> Found {
+    let (case, n) = (problem.case, problem.product.n as usize);
     let width = stride(n);
     let before = problem.rng.numbers(problem.rows() * width);
     let hidden = bed.output(&before);
@@ -174,7 +180,7 @@ pub(super) fn qkv(bed: &Bed, case: Case, (heads, kv_heads, head_dim): Heads) -> 
 }
 
 /// One for each dtype, and those of tensor cores.
-const IMAGES: [&str; 5] = ["gemv_f32", "gemv_f16", "gemv_bf16", "gemm_f16", "gemm_bf16"];
+const IMAGES: [&str; 6] = ["gemv_f32", "gemv_f16", "gemv_bf16", "gemm_f32", "gemm_f16", "gemm_bf16"];
 
 /// A projection's own kernels, and the one that goes before some.
 fn mine(prefix: &str) -> impl Fn(&str) -> bool {
@@ -303,6 +309,43 @@ fn a_wrong_number_is_noticed_on_tensor_cores() {
     }
     for (at, name) in [(72, "set_stride"), (92, "cols"), (96, "stride")] {
         assert_noticed("split_rows_bf16", at, name, |bed| gate_up(bed, CASE, 31));
+    }
+}
+
+/// More outputs than tensor cores' grids hold are computed sixteen rows at a time.
+#[test]
+fn many_rows_without_tensor_cores() {
+    let bed = Bed::new();
+    for dtype in DTYPES {
+        let case = Case { dtype, rows: &[17, 40], cols: 300, bias: true, rank: 8 };
+        let mut problem = Problem::new(&bed, case, (7, 1, false));
+        problem.may_be_wide = false;
+        residual_of(&bed, problem).unwrap();
+    }
+}
+
+/// Tensor cores may cut their sums off. Where all terms have one sign that goes one way, and sums of f32 would drift away
+/// along a row, were they left to the tensor cores from its beginning to its end.
+#[test]
+fn sums_of_f32_do_not_drift_where_they_are_cut_off() {
+    let case = Case { dtype: Dtype::F32, rows: &[34], cols: 3300, bias: false, rank: 0 };
+    for mode in [Accumulate::Truncating, Accumulate::Sequential, Accumulate::Exact] {
+        let bed = Bed::new();
+        bed.device.accumulate(mode);
+        residual_of(&bed, Problem::new(&bed, case, (6, 1, false)).without_signs(&bed)).unwrap();
+    }
+}
+
+/// Each product of halves that a step takes, two rows of W's fragments by four of x's, three products for one, twice.
+#[test]
+fn a_product_less_is_noticed_in_f32() {
+    let case = Case { dtype: Dtype::F32, rows: &[34], cols: 44, bias: true, rank: 0 };
+    for nth in 0..=48 {
+        let bed = Bed::new();
+        bed.device.mutate("residual_wide_f32", "mma.sync", nth, "");
+        let found = residual(&bed, case, 67);
+        assert_eq!(bed.device.mutations(), u64::from(nth < 48));
+        assert_eq!(found.is_err(), nth < 48, "product {nth}: {found:?}");
     }
 }
 

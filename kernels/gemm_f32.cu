@@ -1,0 +1,3 @@
+#include "gemm_projections.cuh"
+
+WIDE_PROJECTIONS(float, f32)

@@ -1,0 +1,17 @@
+// f32 on tensor cores: they multiply tf32, eleven bits of an f32, so that an f32 takes two of them.
+#pragma once
+
+#include "common.cuh"
+
+// An f32 as the sum of two numbers of eleven bits, which is what mma reads of each.
+__device__ inline void split(float x, u32& high, u32& low) {
+    high = __float_as_uint(x) & 0xffffe000u;
+    low = __float_as_uint(x - __uint_as_float(high));
+}
+
+// c += a · b for 16 rows of a, 8 columns of b and a depth of 8.
+__device__ inline void mma_tf32(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
