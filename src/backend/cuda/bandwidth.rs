@@ -1,7 +1,5 @@
 //! What the memory of a GPU gives: the limit that decoding is measured against.
 
-use cudarc::driver::sys::CUevent_flags;
-
 use super::device::Gpu;
 use crate::error::Result;
 
@@ -19,15 +17,11 @@ pub fn bandwidth(ordinal: usize) -> Result<Option<f64>> {
     let stream = gpu.stream()?;
     let from = gpu.zeros::<u8>(&stream, BYTES, "a measurement")?;
     let mut to = gpu.zeros::<u8>(&stream, BYTES, "a measurement")?;
-    let event = || {
-        gpu.call(|| "cuEventRecord".to_owned(), || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)))
-    };
     gpu.copy(&stream, &from, &mut to)?;
-    let start = event()?;
+    let start = gpu.stamp(&stream)?;
     for _ in 0..COPIES {
         gpu.copy(&stream, &from, &mut to)?;
     }
-    let end = event()?;
-    let ms = gpu.call(|| "cuEventElapsedTime".to_owned(), || start.elapsed_ms(&end))?;
-    Ok((ms > 0.0).then(|| (2 * COPIES * BYTES) as f64 / (f64::from(ms) / 1e3)))
+    let end = gpu.stamp(&stream)?;
+    Ok(gpu.seconds(&start, &end)?.map(|seconds| (2 * COPIES * BYTES) as f64 / seconds))
 }

@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use cudarc::driver::sys::{self, CUdevice_attribute};
+use cudarc::driver::sys::{self, CUdevice_attribute, CUevent_flags};
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DeviceRepr, DriverError, LaunchConfig,
     PushKernelArg,
@@ -187,6 +187,19 @@ impl Gpu {
         self.call(|| "cuEventRecord".to_owned(), || stream.record_event(None))
     }
 
+    /// A point in `stream` whose time the GPU keeps: see [`seconds`](Self::seconds).
+    pub(crate) fn stamp(&self, stream: &CudaStream) -> Result<CudaEvent> {
+        let flags = Some(CUevent_flags::CU_EVENT_DEFAULT);
+        self.call(|| "cuEventRecord".to_owned(), || stream.record_event(flags))
+    }
+
+    /// Seconds from one [`stamp`](Self::stamp) to another, which are waited for; `None` where the GPU has no time, as
+    /// one that is only imitated.
+    pub(crate) fn seconds(&self, start: &CudaEvent, end: &CudaEvent) -> Result<Option<f64>> {
+        let ms = self.call(|| "cuEventElapsedTime".to_owned(), || start.elapsed_ms(end))?;
+        Ok((ms > 0.0).then(|| f64::from(ms) / 1e3))
+    }
+
     /// Lets what comes into `stream` wait for `event`.
     pub(crate) fn wait(&self, stream: &CudaStream, event: &CudaEvent) -> Result<()> {
         self.call(|| "cuStreamWaitEvent".to_owned(), || stream.wait(event))
@@ -202,11 +215,24 @@ impl Gpu {
     /// # Errors
     /// [`Error::Cuda`] where the driver doesn't take the image (with the log of its compiler), or has no such kernel.
     pub(crate) fn kernel(&self, module: &'static str, symbol: &str) -> Result<Kernel> {
+        self.kernel_of(module, images::ptx(module), symbol)
+    }
+
+    /// The kernel `symbol` of `image`, which is called `module` and loaded where it isn't yet.
+    ///
+    /// # Errors
+    /// Those of [`kernel`](Self::kernel).
+    pub(crate) fn kernel_of(
+        &self,
+        module: &'static str,
+        image: Option<&'static str>,
+        symbol: &str,
+    ) -> Result<Kernel> {
         let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
         let loaded = match modules.get(module) {
             Some(loaded) => Arc::clone(loaded),
             None => {
-                let loaded = self.load(module)?;
+                let loaded = self.load(module, image)?;
                 modules.insert(module, Arc::clone(&loaded));
                 loaded
             }
@@ -216,9 +242,9 @@ impl Gpu {
         Ok(Kernel { function, symbol: symbol.into() })
     }
 
-    fn load(&self, module: &'static str) -> Result<Arc<CudaModule>> {
+    fn load(&self, module: &str, image: Option<&'static str>) -> Result<Arc<CudaModule>> {
         let operation = || format!("cuModuleLoadData of {module}");
-        let image = images::ptx(module).ok_or_else(|| Error::Cuda {
+        let image = image.ok_or_else(|| Error::Cuda {
             device: self.ordinal,
             operation: operation(),
             reason: "no such image is built in".to_owned(),
