@@ -36,7 +36,7 @@ pub(super) struct Target {
     /// What it is called in a table.
     pub(super) name: String,
     pub(super) bandwidth: Bandwidth,
-    /// The caches of its GPUs; none where there is no clock.
+    /// Of its GPUs.
     #[cfg(feature = "cuda")]
     caches: Vec<GpuCaches>,
 }
@@ -78,11 +78,7 @@ impl Target {
         Ok(Self {
             name: name(&device),
             #[cfg(feature = "cuda")]
-            caches: if bandwidth.has_clock() {
-                GpuCaches::of(device.device(), device.gpu())?
-            } else {
-                Vec::new()
-            },
+            caches: GpuCaches::of(device.device(), device.gpu())?,
             bandwidth,
             device,
         })

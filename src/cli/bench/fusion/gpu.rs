@@ -18,7 +18,7 @@ pub(super) struct Bed {
     /// `(2 + experts, batch, stride(vocab))`
     pub(super) logits: Buffer<f32>,
     rows: Prepared,
-    caches: Option<ColdCaches>,
+    caches: ColdCaches,
 }
 
 impl Bed {
@@ -46,7 +46,8 @@ impl Bed {
         unsafe { fusion.fuse(&addresses, std::ptr::null_mut(), &rows, &mut decisions)? };
         decisions.into_iter().collect::<Result<Vec<_>, _>>().context("a row of the benchmark")?;
         let Some(rows) = fusion.prepare(&rows)? else { bail!("no rows") };
-        Ok(Self { fusion, logits, rows, caches: None })
+        let (gpu, stream) = fusion.place();
+        Ok(Self { caches: ColdCaches::new(gpu, stream)?, fusion, logits, rows })
     }
 
     /// Puts the fused search into the stream.
@@ -70,44 +71,37 @@ impl Bed {
         self.fusion.bytes(self.rows)
     }
 
-    /// Times `search`, which puts launches into the stream, with events around them. `Caches::Warm` are those that the
-    /// search itself has left. On a GPU without a clock it runs once, and is counted.
-    fn measure(
-        &mut self,
-        args: &FusionBenchArgs,
-        (caches, has_clock): (Caches, bool),
-        search: &dyn Fn(&Self) -> Result<()>,
-    ) -> Result<(Vec<f64>, u64)> {
+    /// Kernels that `search` puts into the stream.
+    fn count(&self, search: &dyn Fn(&Self) -> Result<()>) -> Result<u64> {
         let (gpu, stream) = self.place();
-        let (gpu, stream) = (gpu.clone(), stream.clone());
         let before = gpu.launches();
         search(self)?;
-        let launches = gpu.launches() - before;
-        gpu.synchronize(&stream)?;
-        let mut seconds = Vec::new();
-        if !has_clock {
-            return Ok((seconds, launches));
-        }
-        for repetition in 0..args.common.warm_up + args.common.repetitions {
+        gpu.synchronize(stream)?;
+        Ok(gpu.launches() - before)
+    }
+
+    /// Seconds of `search`, which puts launches into the stream, each time by events around them; `None` where events
+    /// have no time. `Caches::Warm` are those that the search itself has left.
+    pub(super) fn time(
+        &mut self,
+        caches: Caches,
+        repetitions: u16,
+        search: &dyn Fn(&Self) -> Result<()>,
+    ) -> Result<Vec<Option<f64>>> {
+        let once = |_| {
+            let (gpu, stream) = self.place();
+            let (gpu, stream) = (Arc::clone(gpu), Arc::clone(stream));
             // Whatever comes first keeps the GPU busy while the host puts the rest into the stream.
             match caches {
                 Caches::Warm => search(self)?,
-                Caches::Flushed => {
-                    if self.caches.is_none() {
-                        self.caches = Some(ColdCaches::new(&gpu, &stream)?);
-                    }
-                    self.caches.iter_mut().try_for_each(|caches| caches.sweep(&gpu, &stream))?;
-                }
+                Caches::Flushed => self.caches.sweep(&gpu, &stream)?,
             }
             let start = gpu.stamp(&stream)?;
             search(self)?;
             let end = gpu.stamp(&stream)?;
-            let time = gpu.seconds(&start, &end)?.context("the GPU's events have no time")?;
-            if repetition >= args.common.warm_up {
-                seconds.push(time);
-            }
-        }
-        Ok((seconds, launches))
+            Ok(gpu.seconds(&start, &end)?)
+        };
+        (0..repetitions).map(once).collect()
     }
 }
 
@@ -139,10 +133,15 @@ pub(super) fn measure(
             (None, Some(unfused)) => Ok(unsafe { unfused.launch() }?),
             (None, None) => bed.fused(),
         };
+        let launches = Some(bed.count(&run)?);
         for caches in args.caches(Caches::Flushed) {
-            let (seconds, launches) = bed.measure(args, (caches, target.bandwidth.has_clock()), &run)?;
+            let mut seconds = Vec::new();
+            if target.bandwidth.has_clock() {
+                bed.time(caches, args.common.warm_up, &run)?;
+                seconds = bed.time(caches, args.common.repetitions, &run)?.into_iter().flatten().collect();
+            }
             let bytes = if unfused.is_some() { Unfused::bytes(case) } else { bed.fused_bytes() };
-            measured.push(Measured { search, caches, seconds, launches: Some(launches), bytes: Some(bytes) });
+            measured.push(Measured { search, caches, seconds, launches, bytes: Some(bytes) });
         }
     }
     Ok(measured)
@@ -150,7 +149,7 @@ pub(super) fn measure(
 
 impl Bed {
     /// Records the launches of the unfused search, so that they follow each other as fast as the GPU can.
-    fn record(&self, unfused: &Unfused) -> Result<Graph> {
+    pub(super) fn record(&self, unfused: &Unfused) -> Result<Graph> {
         let (gpu, stream) = self.place();
         let record = || {
             // SAFETY: the logits live as long as this, and the graph is launched only while it does.

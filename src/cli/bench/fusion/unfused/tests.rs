@@ -185,6 +185,33 @@ fn launches_and_bytes_are_those_of_the_formulas() {
     assert_eq!(run, shipped);
 }
 
+#[test]
+fn both_searches_are_timed_by_events_and_a_device_without_time_tells_none() {
+    const REPETITIONS: u16 = 3;
+    let case = Case { vocab: 500, experts: 2, candidates: 3, batch: 2 };
+    let mut fixture = Fixture::new(case);
+    let unfused = fixture.bed.unfused(case, fixture.candidates(), Order::Loop).unwrap();
+    let graph = fixture.bed.record(&unfused).unwrap();
+    let launch_graph = |bed: &Bed| Ok(bed.place().0.launch_graph(&graph)?);
+    let searches: [(u64, &dyn Fn(&Bed) -> anyhow::Result<()>); 2] =
+        [(1, &Bed::fused), (5 + 6 * 2 + 7 * 2 * 3, &launch_graph)];
+    for (launches, search) in searches {
+        // A search before each that is timed has warmed the caches, or a copy has emptied them.
+        for (caches, runs, copies) in [(Caches::Warm, 2, 0), (Caches::Flushed, 1, 1)] {
+            fixture.device.clear();
+            let times = fixture.bed.time(caches, REPETITIONS, search).unwrap();
+            assert_eq!(times, [None; REPETITIONS as usize]);
+            let repetitions = u64::from(REPETITIONS);
+            assert_eq!(fixture.device.launches().len() as u64, repetitions * runs * launches);
+            assert_eq!(fixture.device.calls("cuEventElapsedTime"), repetitions);
+            assert_eq!(fixture.device.calls("cuMemcpyDtoDAsync_v2"), repetitions * copies);
+        }
+    }
+    // The graph found what single launches find.
+    let found = unfused.found().unwrap();
+    assert_eq!(found, fixture.unfused(Order::Loop));
+}
+
 /// The counts of docs/measurements.md: `cargo test --release --lib counts_of_the_measurements -- --ignored --nocapture`.
 #[test]
 #[ignore = "prints, and takes a minute"]
