@@ -11,8 +11,8 @@
 //     argmin, tilt_chosen, argmax                                   the candidate, its fused row, the token
 //
 // The operations of one formula that work number by number are one launch, as a compiler of tensors makes them; a
-// reduction is a block for each row, as in PyTorch. Tensors are (rows, cols) f32, row r at r · stride, but for numbers by
-// the row. Where an operand has fewer rows than the result, row r reads its row r / per.
+// reduction is a block for each row, as PyTorch's log-softmax is. Tensors are (rows, cols) f32, row r at r · stride; sums,
+// losses and indices are a number a row. Where an operand has fewer rows than the result, row r reads its row r / per.
 //
 // needs   finite logits; stride ≥ cols and a multiple of 4; tensors at multiples of 16 bytes
 #include "common.cuh"
@@ -23,13 +23,13 @@ constexpr u32 WIDE_BLOCK = 1024;  // threads of a reduction
 struct TensorArgs {
     const float* x;      // (rows / x_per, cols)
     const float* y;      // (rows / y_per, cols)
-    const float* alpha;  // (y_per,): tilt; (candidates,): tilt_chosen
+    const float* alpha;  // (y_per,): tilt; (experts, x_per): tilt_chosen
     const u32* choice;   // (rows,): tilt_chosen
     void* out;           // (rows, cols) f32; (rows,) f32: row_sum; (rows,) u32: argmin, argmax
     u32 cols;
     u32 stride;
-    u32 x_per;
-    u32 y_per;           // tilt_chosen: rows of y that follow one another for one expert
+    u32 x_per;           // tilt_chosen: candidates of an expert
+    u32 y_per;           // tilt_chosen: rows of an expert in y, (experts, y_per, cols)
 };
 
 struct LossArgs {

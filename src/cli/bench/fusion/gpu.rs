@@ -61,6 +61,16 @@ impl Bed {
         Ok(Unfused::new(self.place(), self.logits.address(), (case, candidates), order)?)
     }
 
+    /// Records the launches of the unfused search, so that they follow each other as fast as the GPU can.
+    pub(super) fn record(&self, unfused: &Unfused) -> Result<Graph> {
+        let (gpu, stream) = self.place();
+        let record = || {
+            // SAFETY: the logits live as long as this, and the graph is launched only while it does.
+            unsafe { unfused.launch() }
+        };
+        Ok(gpu.capture(stream, record)?)
+    }
+
     /// The GPU, and the stream that all runs in.
     pub(super) fn place(&self) -> (&Arc<Gpu>, &Arc<CudaStream>) {
         self.fusion.place()
@@ -145,16 +155,4 @@ pub(super) fn measure(
         }
     }
     Ok(measured)
-}
-
-impl Bed {
-    /// Records the launches of the unfused search, so that they follow each other as fast as the GPU can.
-    pub(super) fn record(&self, unfused: &Unfused) -> Result<Graph> {
-        let (gpu, stream) = self.place();
-        let record = || {
-            // SAFETY: the logits live as long as this, and the graph is launched only while it does.
-            unsafe { unfused.launch() }
-        };
-        Ok(gpu.capture(stream, record)?)
-    }
 }

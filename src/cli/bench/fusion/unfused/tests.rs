@@ -7,7 +7,7 @@ use virtual_gpu::host::{self, Driver};
 use super::*;
 use crate::backend::cuda::{CudaFusion, DeviceLogits};
 use crate::cli::bench::fusion::gpu::Bed;
-use crate::cli::bench::fusion::{rows, rule};
+use crate::cli::bench::fusion::{Caches, rows, rule};
 use crate::cli::bench::plain::Models;
 use crate::fusion::reference::decide;
 use crate::fusion::{Decision, FusionRule, Logits, ModelLogits};
@@ -41,13 +41,23 @@ impl Fixture {
         dynamic.grids[0].candidates()
     }
 
+    /// What the unfused search finds, or what the device has to say.
+    fn try_unfused(&self, order: Order) -> std::result::Result<Vec<Found>, String> {
+        let search = || {
+            let unfused = self.bed.unfused(self.case, self.candidates(), order)?;
+            // SAFETY: the logits live as long as this; the virtual GPU checks every address before it is used.
+            unsafe { unfused.launch()? };
+            Ok(unfused.found()?)
+        };
+        let found = search().map_err(|error: anyhow::Error| error.to_string())?;
+        match &self.device.reports()[..] {
+            [] => Ok(found),
+            [report, ..] => Err(format!("{report:?}")),
+        }
+    }
+
     fn unfused(&self, order: Order) -> Vec<Found> {
-        let unfused = self.bed.unfused(self.case, self.candidates(), order).unwrap();
-        // SAFETY: the logits live as long as this.
-        unsafe { unfused.launch().unwrap() };
-        let found = unfused.found().unwrap();
-        assert_eq!(self.device.reports(), []);
-        found
+        self.try_unfused(order).unwrap()
     }
 
     /// What the fused launch decides.
@@ -183,6 +193,46 @@ fn launches_and_bytes_are_those_of_the_formulas() {
     let shipped: BTreeSet<String> =
         entries.map(|(_, name)| name.trim_end_matches('(').trim().to_owned()).collect();
     assert_eq!(run, shipped);
+}
+
+#[test]
+fn a_wrong_number_is_noticed() {
+    // Bytes of `TensorArgs` and `LossArgs` in front of the number, where one more changes what is found.
+    let numbers = [
+        ("log_softmax", 40, "cols"),
+        ("log_softmax", 44, "stride"),
+        ("row_sum", 40, "cols"),
+        ("row_sum", 44, "stride"),
+        ("argmin", 40, "cols"),
+        ("argmin", 44, "stride"),
+        ("argmax", 44, "stride"),
+        ("subtract", 44, "stride"),
+        ("tilt", 44, "stride"),
+        ("tilt", 52, "y_per"),
+        ("tilt_chosen", 44, "stride"),
+        ("tilt_chosen", 48, "x_per"),
+        ("tilt_chosen", 52, "y_per"),
+        ("kl_terms", 44, "stride"),
+        ("kl_terms", 48, "x_per"),
+        ("kl_terms", 52, "y_per"),
+        ("loss", 36, "per"),
+        ("loss", 40, "batch"),
+        ("loss", 44, "experts"),
+        ("loss", 48, "first"),
+        ("loss", 52, "stride"),
+    ];
+    // Rows without padding, whose zeros would hide a row that is read too far; and experts whose last candidate isn't
+    // theirs any more where each has one more.
+    let case = Case { vocab: 304, experts: 4, candidates: 2, batch: 5 };
+    let right = Fixture::new(case).unfused(Order::Broadcast);
+    let unnoticed = numbers.into_iter().filter(|(kernel, at, _)| {
+        let fixture = Fixture::new(case);
+        fixture.device.nudge(kernel, *at);
+        let found = fixture.try_unfused(Order::Broadcast);
+        assert!(fixture.device.mutations() > 0, "{kernel} wasn't launched");
+        found.as_ref() == Ok(&right)
+    });
+    assert_eq!(unnoticed.collect::<Vec<_>>(), []);
 }
 
 #[test]
