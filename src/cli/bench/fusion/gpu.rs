@@ -12,6 +12,9 @@ use crate::cli::bench::Target;
 use crate::cli::bench::plain::Models;
 use crate::fusion::{FusionRule, ModelLogits};
 
+/// Puts the launches of a search into the stream.
+pub(super) type Enqueue<'a> = dyn Fn(&Bed) -> Result<()> + 'a;
+
 /// Logits on a GPU, and what is measured over them.
 pub(super) struct Bed {
     fusion: CudaFusion,
@@ -82,7 +85,7 @@ impl Bed {
     }
 
     /// Kernels that `search` puts into the stream.
-    fn count(&self, search: &dyn Fn(&Self) -> Result<()>) -> Result<u64> {
+    fn count(&self, search: &Enqueue<'_>) -> Result<u64> {
         let (gpu, stream) = self.place();
         let before = gpu.launches();
         search(self)?;
@@ -96,7 +99,7 @@ impl Bed {
         &mut self,
         caches: Caches,
         repetitions: u16,
-        search: &dyn Fn(&Self) -> Result<()>,
+        search: &Enqueue<'_>,
     ) -> Result<Vec<Option<f64>>> {
         let once = |_| {
             let (gpu, stream) = self.place();

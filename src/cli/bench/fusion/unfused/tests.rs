@@ -6,7 +6,7 @@ use virtual_gpu::host::{self, Driver};
 
 use super::*;
 use crate::backend::cuda::{CudaFusion, DeviceLogits};
-use crate::cli::bench::fusion::gpu::Bed;
+use crate::cli::bench::fusion::gpu::{Bed, Enqueue};
 use crate::cli::bench::fusion::{Caches, rows, rule};
 use crate::cli::bench::plain::Models;
 use crate::fusion::reference::decide;
@@ -243,8 +243,7 @@ fn both_searches_are_timed_by_events_and_a_device_without_time_tells_none() {
     let unfused = fixture.bed.unfused(case, fixture.candidates(), Order::Loop).unwrap();
     let graph = fixture.bed.record(&unfused).unwrap();
     let launch_graph = |bed: &Bed| Ok(bed.place().0.launch_graph(&graph)?);
-    let searches: [(u64, &dyn Fn(&Bed) -> anyhow::Result<()>); 2] =
-        [(1, &Bed::fused), (5 + 6 * 2 + 7 * 2 * 3, &launch_graph)];
+    let searches: [(u64, &Enqueue<'_>); 2] = [(1, &Bed::fused), (5 + 6 * 2 + 7 * 2 * 3, &launch_graph)];
     for (launches, search) in searches {
         // A search before each that is timed has warmed the caches, or a copy has emptied them.
         for (caches, runs, copies) in [(Caches::Warm, 2, 0), (Caches::Flushed, 1, 1)] {
