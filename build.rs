@@ -1,4 +1,5 @@
-//! Embeds the kernels' images, after a look whether they are those of the sources.
+//! Embeds the kernels' images, after a look whether they are those of the sources: the engine's, and those that the
+//! benchmarks hold them against.
 //!
 //! Needs no CUDA. Where `DLF_NVCC` names an nvcc, the images are compiled with that one instead of taken from
 //! kernels/ptx; a toolkit that merely happens to be installed is never used.
@@ -11,29 +12,32 @@ use std::{env, fs};
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=kernels");
+    println!("cargo::rerun-if-changed=benches/kernels");
     println!("cargo::rerun-if-env-changed=DLF_NVCC");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return Ok(());
     }
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
-    let images = match env::var_os("DLF_NVCC") {
-        Some(nvcc) => compile(Path::new(&nvcc), &root, &out)?,
-        None => prebuilt(&root)?,
-    };
-    let mut table = String::from("&[\n");
-    for image in &images {
-        let name = image.file_stem().unwrap_or_default().to_string_lossy();
-        let path = image.display().to_string();
-        writeln!(table, "    ({name:?}, include_str!({path:?})),")?;
+    for (folder, table) in [("kernels", "images.rs"), ("benches/kernels", "bench_images.rs")] {
+        let images = match env::var_os("DLF_NVCC") {
+            Some(nvcc) => compile(Path::new(&nvcc), &root, folder, &out)?,
+            None => prebuilt(&root, folder)?,
+        };
+        let mut text = String::from("&[\n");
+        for image in &images {
+            let name = image.file_stem().unwrap_or_default().to_string_lossy();
+            let path = image.display().to_string();
+            writeln!(text, "    ({name:?}, include_str!({path:?})),")?;
+        }
+        fs::write(out.join(table), text + "]\n")?;
     }
-    fs::write(out.join("images.rs"), table + "]\n")?;
     Ok(())
 }
 
-/// The images in kernels/ptx, whose MANIFEST must be that of the files as they are.
-fn prebuilt(root: &Path) -> Result<Vec<PathBuf>, Box<dyn Error>> {
-    let manifest = root.join("kernels/ptx/MANIFEST");
+/// The images in `folder`/ptx, whose MANIFEST must be that of the files as they are.
+fn prebuilt(root: &Path, folder: &str) -> Result<Vec<PathBuf>, Box<dyn Error>> {
+    let manifest = root.join(folder).join("ptx/MANIFEST");
     let text = fs::read_to_string(&manifest).map_err(|error| format!("{}: {error}", manifest.display()))?;
     let mut images = Vec::new();
     let mut sources = 0;
@@ -49,27 +53,28 @@ fn prebuilt(root: &Path) -> Result<Vec<PathBuf>, Box<dyn Error>> {
             false => sources += 1,
         }
     }
-    if sources != find(&root.join("kernels"), &["cu", "cuh"])?.len() {
-        return Err(stale("the list of files in kernels").into());
+    if sources != find(&root.join(folder), &["cu", "cuh"])?.len() {
+        return Err(stale(&format!("the list of files in {folder}")).into());
     }
     Ok(images)
 }
 
 fn stale(what: &str) -> String {
     format!(
-        "{what} is not what kernels/ptx was made from: run tools/build_kernels.py (Python 3, no CUDA needed), or \
+        "{what} is not what the images were made from: run tools/build_kernels.py (Python 3, no CUDA needed), or \
          set DLF_NVCC to an nvcc of CUDA 12 or newer"
     )
 }
 
 /// The images as this nvcc makes them.
-fn compile(nvcc: &Path, root: &Path, out: &Path) -> Result<Vec<PathBuf>, Box<dyn Error>> {
+fn compile(nvcc: &Path, root: &Path, folder: &str, out: &Path) -> Result<Vec<PathBuf>, Box<dyn Error>> {
     let mut images = Vec::new();
-    for source in find(&root.join("kernels"), &["cu"])? {
+    for source in find(&root.join(folder), &["cu"])? {
         let image = out.join(source.with_extension("ptx").file_name().unwrap_or_default());
         let options = ["-ptx", "-arch=compute_80", "-std=c++17", "-O3", "-o"];
         let mut command = Command::new(nvcc);
-        let status = command.args(options).arg(&image).arg(&source).status();
+        let status =
+            command.args(options).arg(&image).arg("-I").arg(root.join("kernels")).arg(&source).status();
         match status {
             Ok(status) if status.success() => images.push(image),
             Ok(status) => return Err(format!("{command:?}: {status}").into()),

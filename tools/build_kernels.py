@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Compiles kernels/*.cu to the images in kernels/ptx, and assembles them for every chip.
+"""Compiles kernels/*.cu to the images in kernels/ptx, and assembles them for every chip. So it does with
+benches/kernels, what the benchmarks hold the kernels against.
 
-    tools/build_kernels.py            compile what changed, write kernels/ptx, its MANIFEST and README.md
+    tools/build_kernels.py            compile, write ptx, its MANIFEST and README.md in both folders
     tools/build_kernels.py --check    fail where an image isn't what its sources give, or ptxas refuses one
 
 Needs Python 3 and nothing of CUDA: the compiler comes from PyPI (tools/requirements-kernels.txt) into --venv. No GPU.
@@ -26,9 +27,7 @@ import kernel_table
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
-IMAGES = KERNELS / "ptx"
-README = KERNELS / "README.md"
-MANIFEST = IMAGES / "MANIFEST"
+FOLDERS = [KERNELS, ROOT / "benches" / "kernels"]
 REPORTS = ROOT / "target" / "ptxas"
 REQUIREMENTS = ROOT / "tools" / "requirements-kernels.txt"
 PARTS = ["cuda_nvrtc", "cuda_runtime", "cuda_nvcc", "cu13"]
@@ -133,11 +132,14 @@ def assemble(packages: Path, image: Path, chip: str) -> list[dict]:
     return kernels
 
 
-def manifest(sources: list[Path], images: dict[str, str]) -> str:
-    """A line for every file: its hash and its path."""
-    lines = [f"{fnv1a(source.read_bytes())} {source.relative_to(ROOT).as_posix()}" for source in sources]
-    lines += [f"{fnv1a(text.encode())} kernels/ptx/{name}.ptx" for name, text in sorted(images.items())]
-    return "\n".join(lines) + "\n"
+def outputs(nvrtc: Nvrtc, folder: Path) -> dict[Path, str]:
+    """The images of the folder's sources, and the MANIFEST: a line for every file, its hash and its path."""
+    units = sorted(folder.glob("*.cu"))
+    images = {folder / "ptx" / f"{unit.stem}.ptx": nvrtc.compile(unit) for unit in units}
+    hashes = {path: fnv1a(path.read_bytes()) for path in sorted([*units, *folder.glob("*.cuh")])}
+    hashes |= {path: fnv1a(text.encode()) for path, text in images.items()}
+    lines = [f"{value} {path.relative_to(ROOT).as_posix()}\n" for path, value in hashes.items()]
+    return images | {folder / "ptx" / "MANIFEST": "".join(lines)}
 
 
 def main() -> None:
@@ -150,21 +152,19 @@ def main() -> None:
 
     packages = toolchain(arguments.venv)
     nvrtc = Nvrtc(packages)
-    units = sorted(KERNELS.glob("*.cu"))
-    images = {unit.stem: nvrtc.compile(unit) for unit in units}
-    expected = {IMAGES / f"{name}.ptx": text for name, text in images.items()}
-    expected[MANIFEST] = manifest(sorted([*units, *KERNELS.glob("*.cuh")]), images)
+    expected = {path: text for folder in FOLDERS for path, text in outputs(nvrtc, folder).items()}
+    left = {path for folder in FOLDERS for path in folder.glob("ptx/*.ptx")} - set(expected)
     if arguments.check:
         stale = [path for path, text in expected.items() if not path.exists() or path.read_text() != text]
-        stale += [path for path in IMAGES.glob("*.ptx") if path not in expected]
+        stale += left
         if stale:
             names = ", ".join(sorted(path.relative_to(ROOT).as_posix() for path in stale))
             sys.exit(f"not what the sources give: {names}\nrun tools/build_kernels.py")
     else:
-        IMAGES.mkdir(exist_ok=True)
-        for path in set(IMAGES.glob("*.ptx")) - set(expected):
+        for path in left:
             path.unlink()
         for path, text in expected.items():
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
 
     if arguments.only_compile:
@@ -180,11 +180,13 @@ def main() -> None:
     spilled = sorted({row["kernel"] for row in reports if row["spills"] or row["stack"]})
     if spilled:
         sys.exit(f"spills or local memory in {', '.join(spilled)}")
-    text = kernel_table.table(KERNELS, reports)
-    if not arguments.check:
-        README.write_text(text, encoding="utf-8")
-    elif not README.exists() or README.read_text(encoding="utf-8") != text:
-        sys.exit("kernels/README.md is not what the sources give\nrun tools/build_kernels.py")
+    for folder in FOLDERS:
+        text = kernel_table.table(folder, KERNELS, [row for row in reports if (folder / f"{row['module']}.cu").exists()])
+        readme = folder / "README.md"
+        if not arguments.check:
+            readme.write_text(text, encoding="utf-8")
+        elif not readme.exists() or readme.read_text(encoding="utf-8") != text:
+            sys.exit(f"{readme.relative_to(ROOT)} is not what the sources give\nrun tools/build_kernels.py")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compiles every kernel with the compiler of a real NVIDIA driver, each by itself, the way a user's driver will.
 
-    tools/check_driver_jit.py                    fetch the 535 driver's compiler, try all of kernels/ptx
+    tools/check_driver_jit.py                    fetch the 535 driver's compiler, try all images of the repository
     tools/check_driver_jit.py --library FILE     take another driver's libnvidia-ptxjitcompiler.so.1
     tools/check_driver_jit.py --time             say how long each kernel takes, and how much machine code it is
 
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-IMAGES = ROOT / "kernels" / "ptx"
+IMAGES = [ROOT / "kernels" / "ptx", ROOT / "benches" / "kernels" / "ptx"]
 CHIPS = ["sm_80", "sm_86", "sm_89", "sm_90"]
 PACKAGE = "libnvidia-ptxjitcompiler1"
 LIBRARY = "libnvidia-ptxjitcompiler.so.1"
@@ -154,16 +154,16 @@ def show_times(jit: Jit, images: dict[str, str], chips: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="*", type=Path, help="PTX files; all of kernels/ptx where none is given")
+    parser.add_argument("images", nargs="*", type=Path, help="PTX files; all of the repository's where none is given")
     parser.add_argument("--library", type=Path, help=f"a driver's {LIBRARY}, instead of fetching that of {BRANCH}")
     parser.add_argument("--directory", type=Path, default=ROOT / "target" / "driver-jit", help="where it is unpacked")
     parser.add_argument("--time", action="store_true", help="the fastest of three times each, of one thread")
     parser.add_argument("--chips", nargs="+", default=CHIPS, metavar="CHIP", help=f"default: {' '.join(CHIPS)}")
     arguments = parser.parse_args()
 
-    paths = arguments.images or sorted(IMAGES.glob("*.ptx"))
+    paths = arguments.images or sorted(path for folder in IMAGES for path in folder.glob("*.ptx"))
     if not paths:
-        sys.exit("kernels/ptx holds no image: run tools/build_kernels.py")
+        sys.exit("there is no image: run tools/build_kernels.py")
     try:
         images = {path.stem: path.read_text(encoding="utf-8") for path in paths}
     except OSError as error:

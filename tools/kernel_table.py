@@ -1,4 +1,4 @@
-"""Writes kernels/README.md: what each kernel computes, from the comment that opens it, and what it became.
+"""Writes the README.md of a folder of kernels: what each kernel computes, from the comment that opens it, and what it became.
 
 The comment stands right above the function whose name, with or without a suffix (`_bf16_4`), is the kernel's symbol.
 Its first paragraph says what is computed; lines that start with `grid`, `shared`, `bytes`, `bound` or
@@ -54,15 +54,15 @@ def parse(comment: list[str]) -> dict[str, str]:
     return fields
 
 
-def documented(kernels: Path, unit: Path) -> dict[str, dict[str, str]]:
-    """Fields of every function of `unit` and of what it includes, by the function's name."""
+def documented(headers: Path, unit: Path) -> dict[str, dict[str, str]]:
+    """Fields of every function of `unit` and of what it includes from `headers`, by the function's name."""
     found = {}
     texts = [unit]
     for text in texts:
         source = text.read_text(encoding="utf-8")
         for name in re.findall(r'^#include "(\w+\.cuh)"', source, re.MULTILINE):
-            if kernels / name not in texts:
-                texts.append(kernels / name)
+            if headers / name not in texts:
+                texts.append(headers / name)
         lines = source.splitlines()
         opening = next((n for n, line in enumerate(lines) if not line.startswith("//")), 0)
         shared = {key: text for key, text in parse([line[2:].strip() for line in lines[:opening]]).items() if key in FIELDS}
@@ -80,11 +80,11 @@ def family(symbol: str, functions: dict[str, dict[str, str]]) -> str | None:
     return max(fitting, key=len, default=None)
 
 
-def table(kernels: Path, reports: list[dict]) -> str:
-    """The text of kernels/README.md; exits where a kernel's comment lacks something."""
+def table(folder: Path, headers: Path, reports: list[dict]) -> str:
+    """The text of README.md for the sources in `folder`; exits where a kernel's comment lacks something."""
     families: dict[tuple[str, str], tuple[dict[str, str], dict[str, dict[str, dict]]]] = {}
     for module in sorted({row["module"] for row in reports}):
-        functions = documented(kernels, kernels / f"{module}.cu")
+        functions = documented(headers, folder / f"{module}.cu")
         for row in (row for row in reports if row["module"] == module):
             name = family(row["kernel"], functions)
             if name is None:
@@ -92,7 +92,7 @@ def table(kernels: Path, reports: list[dict]) -> str:
             fields = functions[name]
             missing = [key for key in REQUIRED if key not in fields]
             if missing:
-                sys.exit(f"kernels/{fields['file']}: the comment of {name} lacks {', '.join(missing)}")
+                sys.exit(f"{folder.name}/{fields['file']}: the comment of {name} lacks {', '.join(missing)}")
             _, symbols = families.setdefault((fields["file"], name), (fields, {}))
             symbols.setdefault(row["kernel"], {})[row["chip"]] = row
             demand(row, fields)

@@ -4,6 +4,7 @@
 //! ```text
 //! device    one GPU, and the one way to call the driver
 //! bandwidth what the memory of a GPU gives
+//! measure   the launch of fusion by itself, over caches that hold nothing of it: for benchmarks
 //! memory    device memory, and the ways to and from it
 //! images    the kernels, embedded
 //! kernels   what each kernel takes
@@ -30,6 +31,8 @@ mod graph;
 mod images;
 mod kernels;
 mod lora;
+#[cfg(feature = "cli")]
+mod measure;
 mod memory;
 mod needs;
 mod plan;
@@ -40,6 +43,12 @@ mod weights;
 pub use bandwidth::bandwidth;
 pub use caller::{CudaFusion, DeviceLogits};
 pub use device::{Gpu, device_count};
+#[cfg(feature = "cli")]
+pub(crate) use {
+    device::{Grid, Kernel},
+    graph::Graph,
+    measure::{ColdCaches, Prepared},
+};
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -47,7 +56,7 @@ use std::time::{Duration, Instant};
 use ahead::{Ahead, Machine, fusion_time};
 use forward::{Group, LogitsPlace};
 use fusion::{DeviceFuser, Encoded, Roles};
-use memory::Buffer;
+pub(crate) use memory::Buffer;
 use needs::Needs;
 use relay::Relay;
 use weights::stride;

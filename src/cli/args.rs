@@ -209,6 +209,11 @@ pub(crate) struct DeviceArgs {
 }
 
 impl DeviceArgs {
+    /// As if these had been typed.
+    pub(crate) fn new(device: Device, threads: Option<u16>, eager: bool) -> Self {
+        Self { device, large_device: None, small_device: None, eager, threads }
+    }
+
     /// A backend of these limits.
     pub(crate) fn backend(&self, limits: Limits) -> BackendOptions {
         BackendOptions { device: self.device(), threads: self.threads(), limits, eager: self.eager }
@@ -220,6 +225,11 @@ impl DeviceArgs {
             (None, None) => self.device,
             (large, small) => Device::Split { large: large.unwrap_or(0), small: small.unwrap_or(0) },
         }
+    }
+
+    /// Whether every CUDA kernel is launched by itself.
+    pub(crate) fn eager(&self) -> bool {
+        self.eager
     }
 
     /// The GPU of the large model, if any.

@@ -7,6 +7,7 @@ mod models;
 mod plain;
 mod report;
 mod shapes;
+mod target;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -14,9 +15,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::args::DeviceArgs;
-use bandwidth::Bandwidth;
 use report::Record;
+use target::{Target, TargetArgs};
 
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
@@ -45,14 +45,27 @@ enum Format {
 /// What all benchmarks take.
 #[derive(Debug, Args)]
 struct Common {
-    /// Measurements of each case, after one that warms up.
+    /// Measurements of each case.
     #[arg(long, short, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u16).range(1..))]
     repetitions: u16,
+    /// Runs of each case before them, which aren't measured.
+    #[arg(long, value_name = "N", default_value = "1")]
+    warm_up: u16,
     /// How results are written.
     #[arg(long, short, value_name = "FORMAT", default_value = "md")]
     output: Format,
     #[command(flatten)]
-    device: DeviceArgs,
+    targets: TargetArgs,
+}
+
+impl Common {
+    /// What `work` tells of each of `repetitions`, in seconds, after the runs that warm up.
+    fn seconds(&self, repetitions: u16, mut work: impl FnMut() -> Result<f64>) -> Result<Vec<f64>> {
+        for _ in 0..self.warm_up {
+            work()?;
+        }
+        (0..repetitions).map(|_| work()).collect()
+    }
 }
 
 /// Runs the benchmarks and prints a row for each case.
@@ -62,7 +75,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
         What::Decode(args) => &args.models.common,
         What::Prefill(args) => &args.models.common,
     };
-    let bandwidth = Bandwidth::measure(&common.device)?;
+    let mut targets = common.targets.measure()?;
     let mut records = Vec::new();
     let mut add = |record: Record| {
         if matches!(common.output, Format::Jsonl) {
@@ -74,9 +87,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
         anyhow::Ok(())
     };
     match &args.what {
-        What::Fusion(args) => fusion::run(args, bandwidth, &mut add)?,
-        What::Decode(args) => models::decode(args, bandwidth, &mut add)?,
-        What::Prefill(args) => models::prefill(args, bandwidth, &mut add)?,
+        What::Fusion(args) => fusion::run(args, &mut targets, &mut add)?,
+        What::Decode(args) => models::decode(args, &mut targets, &mut add)?,
+        What::Prefill(args) => models::prefill(args, &mut targets, &mut add)?,
     }
     let text = match common.output {
         Format::Md => report::markdown(&records),

@@ -31,13 +31,13 @@ pub struct DeviceLogits {
 ///
 /// It works in the device's primary context, which is the one of the CUDA runtime and of PyTorch.
 pub struct CudaFusion {
-    gpu: Arc<Gpu>,
-    stream: Arc<CudaStream>,
-    fuser: DeviceFuser,
+    pub(super) gpu: Arc<Gpu>,
+    pub(super) stream: Arc<CudaStream>,
+    pub(super) fuser: DeviceFuser,
     shape: DeviceLogits,
     experts: usize,
     /// Where the logits of each model lie.
-    table: Buffer<u64>,
+    pub(super) table: Buffer<u64>,
 }
 
 impl CudaFusion {

@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use cudarc::driver::sys::{self, CUdevice_attribute};
+use cudarc::driver::sys::{self, CUdevice_attribute, CUevent_flags};
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
 };
@@ -41,6 +41,7 @@ pub(crate) struct Kernel(Arc<Loading>);
 #[derive(Debug)]
 struct Loading {
     module: &'static str,
+    image: &'static str,
     symbol: String,
     /// Locked while it is loaded, so that others wait for it.
     function: Mutex<Option<CudaFunction>>,
@@ -191,6 +192,19 @@ impl Gpu {
         self.call(|| "cuEventRecord".to_owned(), || stream.record_event(None))
     }
 
+    /// A point in `stream` whose time the GPU keeps: see [`seconds`](Self::seconds).
+    pub(crate) fn stamp(&self, stream: &CudaStream) -> Result<CudaEvent> {
+        let flags = Some(CUevent_flags::CU_EVENT_DEFAULT);
+        self.call(|| "cuEventRecord".to_owned(), || stream.record_event(flags))
+    }
+
+    /// Seconds from one [`stamp`](Self::stamp) to another, which are waited for; `None` where the GPU has no time, as
+    /// one that is only imitated.
+    pub(crate) fn seconds(&self, start: &CudaEvent, end: &CudaEvent) -> Result<Option<f64>> {
+        let ms = self.call(|| "cuEventElapsedTime".to_owned(), || start.elapsed_ms(end))?;
+        Ok((ms > 0.0).then(|| f64::from(ms) / 1e3))
+    }
+
     /// Lets what comes into `stream` wait for `event`.
     pub(crate) fn wait(&self, stream: &CudaStream, event: &CudaEvent) -> Result<()> {
         self.call(|| "cuStreamWaitEvent".to_owned(), || stream.wait(event))
@@ -206,14 +220,27 @@ impl Gpu {
     /// # Errors
     /// [`Error::Cuda`] where no such kernel is built in.
     pub(crate) fn kernel(&self, module: &'static str, symbol: &str) -> Result<Kernel> {
+        self.kernel_of(module, images::image(module), symbol)
+    }
+
+    /// The kernel `symbol` of `image`, which is called `module`.
+    ///
+    /// # Errors
+    /// Those of [`kernel`](Self::kernel).
+    pub(crate) fn kernel_of(
+        &self,
+        module: &'static str,
+        image: Option<&'static str>,
+        symbol: &str,
+    ) -> Result<Kernel> {
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kernel) = kernels.get(symbol) {
             return Ok(kernel.clone());
         }
-        if !images::kernels(module).any(|(name, _)| name == symbol) {
+        let Some(image) = image.filter(|image| images::kernels(image).any(|(name, _)| name == symbol)) else {
             return Err(self.error(&format!("{symbol} of {module}"), "no such kernel is built in"));
-        }
-        let loading = Loading { module, symbol: symbol.to_owned(), function: Mutex::default() };
+        };
+        let loading = Loading { module, image, symbol: symbol.to_owned(), function: Mutex::default() };
         let kernel = Kernel(Arc::new(loading));
         kernels.insert(symbol.to_owned(), kernel.clone());
         Ok(kernel)
@@ -224,12 +251,12 @@ impl Gpu {
     /// # Errors
     /// [`Error::Cuda`] where the driver doesn't take the image (with the log of its compiler).
     pub(crate) fn load(&self, kernel: &Kernel) -> Result<CudaFunction> {
-        let Loading { module, symbol, function } = &*kernel.0;
+        let Loading { module, image, symbol, function } = &*kernel.0;
         let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(function) = &*function {
             return Ok(function.clone());
         }
-        let image = images::ptx(module, symbol).unwrap_or_default();
+        let image = images::cut(image, symbol).unwrap_or_default();
         let loaded = self.call_with(
             || format!("cuModuleLoadData of {symbol} in {module}"),
             || self.context.load_module(Ptx::from_src(&image))?.load_function(symbol),

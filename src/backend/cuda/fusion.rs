@@ -374,6 +374,14 @@ impl DeviceFuser {
         unsafe { gpu.launch(stream, &self.sampler, grid, &args) }
     }
 
+    /// Bytes of device memory that a launch of this shape reads and writes: each logit once, and the partial states of
+    /// the slices twice. A few hundred bytes a block, which say what it is to do, are left out.
+    #[cfg(feature = "cli")]
+    pub(super) fn bytes(&self, shape: FuseShape) -> usize {
+        let logits = (2 + shape.experts) * self.place.vocab_size * size_of::<f32>();
+        shape.rows * (logits + 2 * self.slices * shape.lanes * size_of::<Partial>())
+    }
+
     /// Puts the copy of the results of an even (0) or odd (1) step into `stream`.
     pub(super) fn fetch(
         &mut self,

@@ -9,22 +9,22 @@ const IMAGES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/images.rs"))
 /// What a kernel begins with: its name follows.
 const ENTRY: &str = "\n.visible .entry ";
 
-/// The kernels of `module`, which is the name of its source without `.cu`: the name and the text of each.
-pub(crate) fn kernels(module: &str) -> impl Iterator<Item = (&'static str, &'static str)> {
-    let (_, kernels) = parts(module).unwrap_or_default();
-    kernels.split(ENTRY).filter_map(|kernel| Some((kernel.split_once('(')?.0, kernel)))
+/// The image of `module`, which is the name of its source without `.cu`.
+pub(crate) fn image(module: &str) -> Option<&'static str> {
+    IMAGES.iter().find(|(name, _)| *name == module).map(|&(_, image)| image)
 }
 
-/// The PTX of `module` with none of its kernels but `symbol`.
-pub(crate) fn ptx(module: &str, symbol: &str) -> Option<String> {
-    let (head, _) = parts(module)?;
-    let (_, kernel) = kernels(module).find(|(name, _)| *name == symbol)?;
+/// The kernels of an image: the name and the text of each.
+pub(crate) fn kernels(image: &str) -> impl Iterator<Item = (&str, &str)> {
+    // Before the first come versions and variables.
+    image.split(ENTRY).skip(1).filter_map(|kernel| Some((kernel.split_once('(')?.0, kernel)))
+}
+
+/// An image with none of its kernels but `symbol`.
+pub(crate) fn cut(image: &str, symbol: &str) -> Option<String> {
+    let (head, _) = image.split_once(ENTRY)?;
+    let (_, kernel) = kernels(image).find(|(name, _)| *name == symbol)?;
     Some([head, ENTRY, kernel].concat())
-}
-
-/// What comes before the first kernel (versions and variables), and the kernels.
-fn parts(module: &str) -> Option<(&'static str, &'static str)> {
-    IMAGES.iter().find(|(name, _)| *name == module)?.1.split_once(ENTRY)
 }
 
 #[cfg(test)]
@@ -34,19 +34,19 @@ mod tests {
     #[test]
     fn kernels_are_cut_out_whole() {
         for (module, image) in IMAGES {
-            let cut: Vec<_> = kernels(module).collect();
-            assert_eq!(cut.len(), image.matches(".entry").count(), "{module}");
+            let all: Vec<_> = kernels(image).collect();
+            assert_eq!(all.len(), image.matches(".entry").count(), "{module}");
             // Nothing stands between kernels, or they would depend on each other.
             assert!(!image.contains(".func"), "{module}");
-            for (symbol, kernel) in cut {
+            for (symbol, kernel) in all {
                 let end = kernel.rfind("\n}").unwrap();
                 let rest = kernel[end + 2..].lines().map(str::trim);
                 assert!(rest.into_iter().all(|line| line.is_empty() || line.starts_with("//")), "{symbol}");
-                let ptx = ptx(module, symbol).unwrap();
+                let ptx = cut(image, symbol).unwrap();
                 assert!(ptx.contains(".target sm_80") && ptx.contains(&format!(".entry {symbol}(")));
                 assert_eq!(ptx.matches(".entry").count(), 1, "{symbol}");
             }
         }
-        assert_eq!((ptx("gemv", "qkv_bf16_1"), ptx("gemv_bf16", "qkv_bf16")), (None, None));
+        assert_eq!((image("gemv"), cut(image("gemv_bf16").unwrap(), "qkv_bf16")), (None, None));
     }
 }

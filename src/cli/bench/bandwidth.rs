@@ -4,7 +4,6 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::backend::Device;
 use crate::backend::cpu::available_threads;
 use crate::cli::args::DeviceArgs;
 
@@ -70,16 +69,4 @@ fn of_gpu(ordinal: usize) -> Result<Bandwidth> {
 #[cfg(not(feature = "cuda"))]
 fn of_gpu(_: usize) -> Result<Bandwidth> {
     anyhow::bail!("this build has no CUDA backend (feature `cuda`)")
-}
-
-/// What the device is called in a table.
-pub(crate) fn device_name(args: &DeviceArgs) -> String {
-    match (args.device(), args.gpu()) {
-        (Device::Split { large, small }, _) => format!("cuda:{large}+{small}"),
-        (_, Some(ordinal)) => format!("cuda:{ordinal}"),
-        (_, None) => match args.threads().unwrap_or_else(available_threads) {
-            1 => "cpu, 1 thread".to_owned(),
-            threads => format!("cpu, {threads} threads"),
-        },
-    }
 }

@@ -1,23 +1,21 @@
-//! Fusion alone: the one pass of the engine beside the search written plainly.
+//! Fusion alone: the one pass of the engine beside the search as one operation after another.
 
-use std::sync::Arc;
-use std::time::Instant;
+mod cpu;
+#[cfg(feature = "cuda")]
+mod gpu;
+#[cfg(feature = "cuda")]
+mod unfused;
 
-use anyhow::{Context, Result};
-use clap::Args;
+use std::fmt;
 
-use super::Common;
-use super::bandwidth::{Bandwidth, device_name};
-use super::plain::{self, Models};
-use super::report::{Record, Samples, mean_and_deviation};
-use super::shapes::{Pair, narrow, pair};
-use crate::backend::cpu::CpuFusion;
-use crate::backend::cpu::available_threads;
-use crate::backend::{Batch, Choice, FuseRow, Limits, Row};
-use crate::ensemble::Ensemble;
-use crate::fusion::{AlphaGrid, DynamicRule, FusionRule, LogitsRows, ModelLogits};
-use crate::kv_cache::BlockTable;
-use crate::model::Role;
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+
+use super::report::{Record, mean_and_deviation};
+use super::shapes::{Pair, pair};
+use super::{Common, Target};
+use crate::backend::{Choice, FuseRow};
+use crate::fusion::{AlphaGrid, DynamicRule, FusionRule};
 use crate::weights::Dtype;
 
 #[derive(Debug, Args)]
@@ -34,15 +32,100 @@ pub(super) struct FusionBenchArgs {
     /// Sequences.
     #[arg(long, short, value_name = "N,…", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u16).range(1..=256))]
     batch: Vec<u16>,
-    /// The step that a share is of: bf16 weights of these shapes, read once at the speed of memory.
-    #[arg(long, value_name = "LARGE+SMALL", default_value = "llama-2-13b+tinyllama-1.1b", value_parser = |text: &str| pair(text).map_err(|e| e.to_string()))]
-    step: Pair,
+    /// fused: the engine's one pass; loop: one operation after another, candidate by candidate; broadcast: all
+    /// candidates of an expert in one tensor [default: all that the device has; broadcast is a GPU's].
+    #[arg(long, value_name = "fused|loop|broadcast,…", value_delimiter = ',', hide_possible_values = true)]
+    search: Vec<Search>,
+    /// What the caches of a GPU hold when a search begins: flushed: nothing of it; warm: what the same search has left,
+    /// as after a step. Those of a CPU are warm [default: flushed].
+    #[arg(long, value_name = "flushed|warm,…", value_delimiter = ',', hide_possible_values = true)]
+    caches: Vec<Caches>,
+    /// The steps that shares are of: bf16 weights of these shapes, read once at the speed of memory.
+    #[arg(long, value_name = "LARGE+SMALL,…", value_delimiter = ',', default_value = "llama-2-13b+tinyllama-1.1b", value_parser = |text: &str| pair(text).map_err(|e| e.to_string()))]
+    step: Vec<Pair>,
     #[command(flatten)]
     pub(super) common: Common,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Search {
+    Fused,
+    Loop,
+    Broadcast,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Caches {
+    Flushed,
+    Warm,
+}
+
+/// How the unfused search goes over the candidates of an expert.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    /// One after another.
+    Loop,
+    /// All in one tensor.
+    Broadcast,
+}
+
+impl fmt::Display for Search {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fused => "fused",
+            Self::Loop => "loop",
+            Self::Broadcast => "broadcast",
+        })
+    }
+}
+
+impl fmt::Display for Caches {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Flushed => "flushed",
+            Self::Warm => "warm",
+        })
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Search {
+    fn order(self) -> Option<Order> {
+        match self {
+            Self::Fused => None,
+            Self::Loop => Some(Order::Loop),
+            Self::Broadcast => Some(Order::Broadcast),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Order {
+    /// Candidates of one tensor.
+    fn at_once(self, case: Case) -> usize {
+        match self {
+            Self::Loop => 1,
+            Self::Broadcast => case.candidates,
+        }
+    }
+}
+
+impl FusionBenchArgs {
+    /// Those that are asked for, or all of the device.
+    fn searches(&self, all: &[Search]) -> Vec<Search> {
+        if self.search.is_empty() { all.to_vec() } else { self.search.clone() }
+    }
+
+    /// Those that are asked for.
+    #[cfg(feature = "cuda")]
+    fn caches(&self, default: Caches) -> Vec<Caches> {
+        if self.caches.is_empty() { vec![default] } else { self.caches.clone() }
+    }
+}
+
 /// One case.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Case {
     vocab: usize,
     experts: usize,
@@ -50,23 +133,44 @@ struct Case {
     batch: usize,
 }
 
+impl Case {
+    /// Bytes of the logits.
+    fn logits(self) -> usize {
+        (2 + self.experts) * self.vocab * self.batch * size_of::<f32>()
+    }
+}
+
+/// What one search of a case took.
+struct Measured {
+    search: Search,
+    caches: Caches,
+    /// Of each repetition; none on a device without a clock.
+    seconds: Vec<f64>,
+    /// Kernels, on a GPU.
+    launches: Option<u64>,
+    /// Bytes of device memory that were read and written, on a GPU.
+    bytes: Option<usize>,
+}
+
 /// Measures every combination of the lists.
 pub(super) fn run(
     args: &FusionBenchArgs,
-    bandwidth: Bandwidth,
+    targets: &mut [Target],
     add: &mut dyn FnMut(Record) -> Result<()>,
 ) -> Result<()> {
-    for &vocab in &args.vocab {
-        for &experts in &args.experts {
-            for &candidates in &args.candidates {
-                for &batch in &args.batch {
-                    let case = Case {
-                        vocab: vocab as usize,
-                        experts: experts.into(),
-                        candidates: candidates.into(),
-                        batch: batch.into(),
-                    };
-                    measure(args, case, bandwidth, add)?;
+    for target in targets {
+        for &vocab in &args.vocab {
+            for &experts in &args.experts {
+                for &candidates in &args.candidates {
+                    for &batch in &args.batch {
+                        let case = Case {
+                            vocab: vocab as usize,
+                            experts: experts.into(),
+                            candidates: candidates.into(),
+                            batch: batch.into(),
+                        };
+                        measure(args, case, target, add)?;
+                    }
                 }
             }
         }
@@ -77,38 +181,60 @@ pub(super) fn run(
 fn measure(
     args: &FusionBenchArgs,
     case: Case,
-    bandwidth: Bandwidth,
+    target: &Target,
     add: &mut dyn FnMut(Record) -> Result<()>,
 ) -> Result<()> {
     let rule = rule(case.candidates)?;
-    let threads = args.common.device.threads().unwrap_or_else(available_threads);
-    let fused = match args.common.device.gpu() {
-        Some(_) => on_gpu(args, case, &rule)?,
-        None => on_cpu(args, case, &rule, threads)?,
+    let measured = match target.device.gpu() {
+        Some(ordinal) => on_gpu(args, case, &rule, (target, ordinal))?,
+        None => cpu::measure(args, case, &rule, target)?,
     };
-    // The plain search has one thread, so it stands beside one thread only.
-    let plain = match args.common.device.gpu() {
-        None if threads == 1 => Some(plainly(args, case, &rule)),
-        _ => None,
-    };
-    let (mean, deviation) = mean_and_deviation(&fused.seconds);
-    let clock = |value: f64| bandwidth.has_clock().then_some(value);
-    let step =
-        bandwidth.bytes_per_second().map(|limit| args.step.bytes(Dtype::Bf16, case.experts) as f64 / limit);
-    let device = device_name(&args.common.device);
-    add(Record::default()
-        .with("vocab", case.vocab)
-        .with("experts", case.experts)
-        .with("candidates", case.candidates)
-        .with("batch", case.batch)
-        .with("device", device)
-        .with("µs", clock(1e6 * mean))
-        .with("±", deviation.and_then(|deviation| clock(1e6 * deviation)))
-        .with("plain µs", plain.map(|plain| 1e6 * plain))
-        .with("times faster", plain.map(|plain| plain / mean))
-        .with("MB of logits", ((2 + case.experts) * case.vocab * 4 * case.batch) as f64 / 1e6)
-        .with("launches", fused.launches)
-        .with("% of a step", step.and_then(|step| clock(100.0 * mean / step))))
+    let time =
+        |measured: &Measured| (!measured.seconds.is_empty()).then(|| mean_and_deviation(&measured.seconds));
+    for one in &measured {
+        let fused = measured.iter().find(|other| other.search == Search::Fused && other.caches == one.caches);
+        let (mean, deviation) = (time(one).map(|time| time.0), time(one).and_then(|time| time.1));
+        let times_fused = mean.zip(fused.and_then(time)).map(|(mean, (fused, _))| mean / fused);
+        for step in &args.step {
+            let least = target
+                .bandwidth
+                .bytes_per_second()
+                .map(|limit| step.bytes(Dtype::Bf16, case.experts) as f64 / limit);
+            let share = mean.zip(least).map(|(mean, least)| 100.0 * mean / least);
+            add(Record::default()
+                .with("vocab", case.vocab)
+                .with("experts", case.experts)
+                .with("candidates", case.candidates)
+                .with("batch", case.batch)
+                .with("device", target.name.clone())
+                .with("search", one.search.to_string())
+                .with("caches", one.caches.to_string())
+                .with("µs", mean.map(|mean| 1e6 * mean))
+                .with("±", deviation.map(|deviation| 1e6 * deviation))
+                .with("× fused", times_fused)
+                .with("launches", one.launches)
+                .with("MB of logits", case.logits() as f64 / 1e6)
+                .with("MB moved", one.bytes.map(|bytes| bytes as f64 / 1e6))
+                .with("step", step.name())
+                .with("% of a step", share))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(feature = "cuda")]
+fn on_gpu(
+    args: &FusionBenchArgs,
+    case: Case,
+    rule: &FusionRule,
+    target: (&Target, usize),
+) -> Result<Vec<Measured>> {
+    gpu::measure(args, case, rule, target)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_gpu(_: &FusionBenchArgs, _: Case, _: &FusionRule, _: (&Target, usize)) -> Result<Vec<Measured>> {
+    anyhow::bail!("this build has no CUDA backend (feature `cuda`)")
 }
 
 /// The dynamic rule over candidates from 0 to 2, the last excluded.
@@ -117,76 +243,9 @@ fn rule(candidates: usize) -> Result<FusionRule> {
     Ok(FusionRule::Dynamic(DynamicRule { grids: std::iter::once(grid).collect(), ..DynamicRule::default() }))
 }
 
-fn rows<'a>(case: Case, rule: &'a FusionRule) -> Vec<FuseRow<'a>> {
+/// Row b of the batch reads row b of the logits.
+fn rows(case: Case, rule: &FusionRule) -> Vec<FuseRow<'_>> {
     (0..case.batch)
         .map(|slot| FuseRow { slot, step: 0, rule, held: None, choice: Choice::Forced(1) })
         .collect()
-}
-
-fn on_cpu(args: &FusionBenchArgs, case: Case, rule: &FusionRule, threads: usize) -> Result<Samples> {
-    let models = Models::new(case.vocab * case.batch, case.experts);
-    let logits = ModelLogits {
-        large: Some(LogitsRows::new(&models.large, case.vocab)?),
-        small: Some(LogitsRows::new(&models.small, case.vocab)?),
-        experts: models.experts.iter().map(|e| LogitsRows::new(e, case.vocab)).collect::<Result<_, _>>()?,
-    };
-    let mut fusion = CpuFusion::new(threads)?;
-    let (rows, mut decisions) = (rows(case, rule), Vec::new());
-    let mut once = || {
-        // Single passes are shorter than the clock is good for.
-        const PASSES: u32 = 20;
-        let start = Instant::now();
-        for _ in 0..PASSES {
-            fusion.fuse(&logits, &rows, &mut decisions)?;
-        }
-        anyhow::Ok(start.elapsed().as_secs_f64() / f64::from(PASSES))
-    };
-    once()?;
-    let seconds = (0..args.common.repetitions).map(|_| once()).collect::<Result<_>>()?;
-    Ok(Samples { seconds, launches: 0 })
-}
-
-/// Through the backend, launch and copy of the results included. Logits are where a step leaves them: just written.
-fn on_gpu(args: &FusionBenchArgs, case: Case, rule: &FusionRule) -> Result<Samples> {
-    let roles: Vec<Role> =
-        [Role::Large, Role::Small].into_iter().chain((0..case.experts).map(Role::Expert)).collect();
-    let shape = narrow(case.vocab);
-    let models = roles.iter().map(|&role| shape.model(role, Dtype::Bf16, 16)).collect::<Result<_>>()?;
-    let ensemble = Arc::new(Ensemble::from_models(models)?);
-    let limits = Limits { rows: case.batch, slots: case.batch, blocks: case.batch };
-    let mut backend = args.common.device.backend(limits).open(ensemble)?;
-    let tables: Vec<BlockTable> =
-        (0..case.batch).map(|block| BlockTable { blocks: vec![block as u32] }).collect();
-    let row =
-        |model, table: usize| Row { model, table, position: 0, token: table as u32 % 2, slot: Some(table) };
-    let batch: Vec<Row> =
-        (0..roles.len()).flat_map(|model| (0..case.batch).map(move |table| row(model, table))).collect();
-    let (rows, mut decisions) = (rows(case, rule), Vec::new());
-    let mut samples = Samples { seconds: Vec::new(), launches: 0 };
-    for repetition in 0..=args.common.repetitions {
-        backend.forward(&Batch { rows: &batch, tables: &tables })?;
-        let before = backend.launches();
-        let start = Instant::now();
-        backend.fuse(&rows, &mut decisions)?;
-        if repetition > 0 {
-            samples.seconds.push(start.elapsed().as_secs_f64());
-        }
-        samples.launches = backend.launches() - before;
-        decisions.drain(..).collect::<Result<Vec<_>, _>>().context("a row of the benchmark")?;
-    }
-    Ok(samples)
-}
-
-/// The mean seconds of the plain search, for all rows.
-fn plainly(args: &FusionBenchArgs, case: Case, rule: &FusionRule) -> f64 {
-    let models = Models::new(case.vocab, case.experts);
-    let FusionRule::Dynamic(dynamic) = rule else { return f64::NAN };
-    let candidates = dynamic.grids[0].candidates();
-    let once = || {
-        let start = Instant::now();
-        std::hint::black_box(plain::search(&models, candidates));
-        start.elapsed().as_secs_f64() * case.batch as f64
-    };
-    let seconds: Vec<f64> = (0..=args.common.repetitions).map(|_| once()).skip(1).collect();
-    mean_and_deviation(&seconds).0
 }

@@ -1,15 +1,14 @@
 //! Whole models: tokens after one another, and prompts.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use super::Common;
-use super::bandwidth::{Bandwidth, device_name};
 use super::report::{Record, Samples, mean_and_deviation};
 use super::shapes::{Pair, pair};
+use super::{Common, Target};
 use crate::backend::{Backend, Batch, Choice, FuseRow, Limits, Row};
 use crate::cli::args::{Method, ModelArgs};
 use crate::ensemble::Ensemble;
@@ -27,10 +26,10 @@ pub(super) struct ModelBenchArgs {
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = parse_pair, conflicts_with_all = ["large", "small", "experts"])]
     shape: Vec<Pair>,
     /// Experts of the small shape.
-    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u8).range(1..=8))]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1", requires = "shape", value_parser = clap::value_parser!(u8).range(1..=8))]
     num_experts: Vec<u8>,
     /// Of the random weights: f32, f16, bf16.
-    #[arg(long, value_name = "DTYPE,…", value_delimiter = ',', default_value = "bf16", value_parser = parse_dtype)]
+    #[arg(long, value_name = "DTYPE,…", value_delimiter = ',', default_value = "bf16", requires = "shape", value_parser = parse_dtype)]
     dtype: Vec<Dtype>,
     #[command(flatten)]
     pub(super) common: Common,
@@ -108,48 +107,54 @@ impl ModelBenchArgs {
 }
 
 impl Common {
-    /// Times `work` after a run that warms up; launches are those of the last run.
+    /// Times `work` after runs that warm up, each time over flushed caches on a GPU; launches are those of the last
+    /// run. Without a clock nothing is timed, and one run after those that warm up is counted.
     fn samples(
         &self,
+        target: &mut Target,
         backend: &mut dyn Backend,
-        mut work: impl FnMut(&mut dyn Backend) -> Result<Duration>,
+        mut work: impl FnMut(&mut dyn Backend) -> Result<()>,
     ) -> Result<Samples> {
-        let mut samples = Samples { seconds: Vec::new(), launches: 0 };
-        work(backend)?;
-        for _ in 0..self.repetitions {
-            let before = backend.launches();
-            samples.seconds.push(work(backend)?.as_secs_f64());
-            samples.launches = backend.launches() - before;
-        }
-        Ok(samples)
+        let mut launches = 0;
+        let has_clock = target.bandwidth.has_clock();
+        let once = || {
+            target.flush()?;
+            let (before, start) = (backend.launches(), Instant::now());
+            work(backend)?;
+            let seconds = start.elapsed().as_secs_f64();
+            launches = backend.launches() - before;
+            anyhow::Ok(seconds)
+        };
+        let repetitions = if has_clock { self.repetitions } else { 1 };
+        let seconds = self.seconds(repetitions, once)?;
+        Ok(Samples { seconds: if has_clock { seconds } else { Vec::new() }, launches })
     }
 }
 
 /// The columns that both benchmarks share. `steps` is how often all weights are read; 0 where that isn't the limit.
 fn record(
-    (subject, test, device): (&Subject, String, String),
+    (subject, test, target): (&Subject, String, &Target),
     (tokens, steps): (usize, usize),
     samples: &Samples,
-    bandwidth: Bandwidth,
 ) -> Record {
-    let clock = |value: f64| bandwidth.has_clock().then_some(value);
     let rates: Vec<f64> = samples.seconds.iter().map(|seconds| tokens as f64 / seconds).collect();
-    let (rate, deviation) = mean_and_deviation(&rates);
-    let (seconds, _) = mean_and_deviation(&samples.seconds);
+    let time = |samples: &[f64]| (!samples.is_empty()).then(|| mean_and_deviation(samples));
+    let (rate, seconds) = (time(&rates), time(&samples.seconds).map(|(mean, _)| mean));
     let bytes = subject.ensemble.memory().weight_bytes;
-    let read = clock((bytes * steps) as f64 / seconds).filter(|_| steps > 0);
-    let share = read.zip(bandwidth.bytes_per_second()).map(|(read, limit)| 100.0 * read / limit);
+    let read = seconds.filter(|_| steps > 0).map(|seconds| (bytes * steps) as f64 / seconds);
+    let share = read.zip(target.bandwidth.bytes_per_second()).map(|(read, limit)| 100.0 * read / limit);
+    let launches = target.device.gpu().map(|_| samples.launches as f64 / tokens as f64);
     Record::default()
         .with("model", subject.name.clone())
         .with("MiB", bytes as f64 / f64::from(1 << 20))
-        .with("device", device)
+        .with("device", target.name.clone())
         .with("test", test)
-        .with("tokens/s", clock(rate))
-        .with("±", deviation.and_then(clock))
-        .with("ms/token", clock(1e3 * seconds / tokens as f64))
+        .with("tokens/s", rate.map(|(mean, _)| mean))
+        .with("±", rate.and_then(|(_, deviation)| deviation))
+        .with("ms/token", seconds.map(|seconds| 1e3 * seconds / tokens as f64))
         .with("GB/s", read.map(|read| read / 1e9))
         .with("% of memory", share)
-        .with("launches/token", samples.launches as f64 / tokens as f64)
+        .with("launches/token", launches)
 }
 
 fn depth_name(depth: usize) -> String {
@@ -166,20 +171,22 @@ fn tables(sequences: usize, blocks: usize) -> Vec<BlockTable> {
 /// Measures `tgN @ dD`, for each size of the batch.
 pub(super) fn decode(
     args: &DecodeArgs,
-    bandwidth: Bandwidth,
+    targets: &mut [Target],
     add: &mut dyn FnMut(Record) -> Result<()>,
 ) -> Result<()> {
     let most = |numbers: &[u32]| numbers.iter().copied().max().unwrap_or(0) as usize;
     args.models.each(most(&args.depth) + most(&args.generate) + 1, |subject| {
-        for &depth in &args.depth {
-            for &generate in &args.generate {
-                for &batch in &args.batch {
-                    let (depth, generate, batch) = (depth as usize, generate as usize, usize::from(batch));
-                    let samples = decode_samples(args, subject, (depth, generate, batch))?;
-                    let sequences = if batch > 1 { format!(" × {batch}") } else { String::new() };
-                    let test = format!("tg{generate}{}{sequences}", depth_name(depth));
-                    let what = (subject, test, device_name(&args.models.common.device));
-                    add(record(what, (generate * batch, generate), &samples, bandwidth))?;
+        for target in &mut *targets {
+            for &depth in &args.depth {
+                for &generate in &args.generate {
+                    for &batch in &args.batch {
+                        let (depth, generate, batch) =
+                            (depth as usize, generate as usize, usize::from(batch));
+                        let samples = decode_samples(args, (subject, target), (depth, generate, batch))?;
+                        let sequences = if batch > 1 { format!(" × {batch}") } else { String::new() };
+                        let test = format!("tg{generate}{}{sequences}", depth_name(depth));
+                        add(record((subject, test, target), (generate * batch, generate), &samples))?;
+                    }
                 }
             }
         }
@@ -189,19 +196,18 @@ pub(super) fn decode(
 
 fn decode_samples(
     args: &DecodeArgs,
-    subject: &Subject,
+    (subject, target): (&Subject, &mut Target),
     (depth, generate, batch): (usize, usize, usize),
 ) -> Result<Samples> {
     let ensemble = &subject.ensemble;
     let blocks = blocks_needed(1, depth + generate);
     check_context(ensemble, depth + generate)?;
     let limits = Limits { rows: batch, slots: batch, blocks: batch * blocks };
-    let mut backend = args.models.common.device.backend(limits).open(Arc::clone(ensemble))?;
+    let mut backend = target.device.backend(limits).open(Arc::clone(ensemble))?;
     let tables = tables(batch, blocks);
     let rule = if ensemble.num_experts() > 0 { FusionRule::default() } else { FusionRule::Large };
     let params = SamplingParams::default();
-    args.models.common.samples(&mut *backend, |backend| {
-        let start = Instant::now();
+    args.models.common.samples(target, &mut *backend, |backend| {
         let mut tokens: Vec<u32> = (0..batch as u32).collect();
         let mut decisions = Vec::new();
         for step in 0..generate {
@@ -226,52 +232,61 @@ fn decode_samples(
                 *token = decision.context("a step of the benchmark")?.token;
             }
         }
-        Ok(start.elapsed())
+        Ok(())
     })
 }
 
 /// Measures `ppN @ dD`.
 pub(super) fn prefill(
     args: &PrefillArgs,
-    bandwidth: Bandwidth,
+    targets: &mut [Target],
     add: &mut dyn FnMut(Record) -> Result<()>,
 ) -> Result<()> {
-    const CHUNK: usize = 512;
     let most = |numbers: &[u32]| numbers.iter().copied().max().unwrap_or(0) as usize;
     args.models.each(most(&args.depth) + most(&args.prompt), |subject| {
-        for &depth in &args.depth {
-            for &prompt in &args.prompt {
-                let (depth, prompt, ensemble) = (depth as usize, prompt as usize, &subject.ensemble);
-                check_context(ensemble, depth + prompt)?;
-                let blocks = (depth + prompt).div_ceil(BLOCK_SIZE);
-                let limits = Limits { rows: CHUNK, slots: 1, blocks };
-                let common = &args.models.common;
-                let mut backend = common.device.backend(limits).open(Arc::clone(ensemble))?;
-                let tables = tables(1, blocks);
-                let vocab_size = ensemble.vocab_size();
-                let row = |model, position: usize| Row {
-                    model,
-                    table: 0,
-                    position,
-                    token: (position * 7919 % vocab_size) as u32,
-                    slot: (position + 1 == depth + prompt).then_some(0),
-                };
-                let samples = common.samples(&mut *backend, |backend| {
-                    let start = Instant::now();
-                    for first in (depth..depth + prompt).step_by(CHUNK) {
-                        let last = (first + CHUNK).min(depth + prompt);
-                        let models = 0..ensemble.models().len();
-                        let rows: Vec<Row> = models
-                            .flat_map(|model| (first..last).map(move |p| (model, p)))
-                            .map(|(m, p)| row(m, p))
-                            .collect();
-                        backend.forward(&Batch { rows: &rows, tables: &tables })?;
-                    }
-                    Ok(start.elapsed())
-                })?;
-                let what = (subject, format!("pp{prompt}{}", depth_name(depth)), device_name(&common.device));
-                add(record(what, (prompt, 0), &samples, bandwidth))?;
+        for target in &mut *targets {
+            for &depth in &args.depth {
+                for &prompt in &args.prompt {
+                    let (depth, prompt) = (depth as usize, prompt as usize);
+                    let samples = prefill_samples(args, (subject, target), (depth, prompt))?;
+                    let test = format!("pp{prompt}{}", depth_name(depth));
+                    add(record((subject, test, target), (prompt, 0), &samples))?;
+                }
             }
+        }
+        Ok(())
+    })
+}
+
+fn prefill_samples(
+    args: &PrefillArgs,
+    (subject, target): (&Subject, &mut Target),
+    (depth, prompt): (usize, usize),
+) -> Result<Samples> {
+    const CHUNK: usize = 512;
+    let ensemble = &subject.ensemble;
+    check_context(ensemble, depth + prompt)?;
+    let blocks = (depth + prompt).div_ceil(BLOCK_SIZE);
+    let limits = Limits { rows: CHUNK, slots: 1, blocks };
+    let mut backend = target.device.backend(limits).open(Arc::clone(ensemble))?;
+    let tables = tables(1, blocks);
+    let vocab_size = ensemble.vocab_size();
+    let row = |model, position: usize| Row {
+        model,
+        table: 0,
+        position,
+        token: (position * 7919 % vocab_size) as u32,
+        slot: (position + 1 == depth + prompt).then_some(0),
+    };
+    args.models.common.samples(target, &mut *backend, |backend| {
+        for first in (depth..depth + prompt).step_by(CHUNK) {
+            let last = (first + CHUNK).min(depth + prompt);
+            let models = 0..ensemble.models().len();
+            let rows: Vec<Row> = models
+                .flat_map(|model| (first..last).map(move |p| (model, p)))
+                .map(|(m, p)| row(m, p))
+                .collect();
+            backend.forward(&Batch { rows: &rows, tables: &tables })?;
         }
         Ok(())
     })

@@ -38,7 +38,7 @@ fn short(number: f64) -> String {
     format!("{number:.*}", digits.clamp(0, 6) as usize)
 }
 
-/// How long each repetition took, and the kernels that one launched.
+/// How long each repetition took (none on a device without a clock), and the kernels that one launched.
 pub(crate) struct Samples {
     pub(crate) seconds: Vec<f64>,
     pub(crate) launches: u64,

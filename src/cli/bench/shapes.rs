@@ -45,11 +45,6 @@ const fn shape(name: &'static str, sizes: [usize; 7], tied: bool) -> Shape {
     Shape { name, hidden_size, intermediate_size, layers, heads, kv_heads, head_dim, vocab_size, tied }
 }
 
-/// A shape that is little but its vocabulary.
-pub(crate) const fn narrow(vocab_size: usize) -> Shape {
-    shape("narrow", [8, 8, 1, 1, 1, 8, vocab_size], false)
-}
-
 /// A large model, and a small one with its experts where there is one: `LARGE` or `LARGE+SMALL`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Pair {

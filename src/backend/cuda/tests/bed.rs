@@ -77,8 +77,11 @@ impl Bed {
 
     /// Whether the kernels launched here are all of an image that `is_mine` names.
     pub(super) fn assert_every(&self, modules: &[&str], is_mine: impl Fn(&str) -> bool) {
-        let names =
-            modules.iter().flat_map(|module| images::kernels(module)).map(|(name, _)| name.to_owned());
+        let names = modules
+            .iter()
+            .filter_map(|module| images::image(module))
+            .flat_map(images::kernels)
+            .map(|(name, _)| name.to_owned());
         let shipped: BTreeSet<String> = names.filter(|name| is_mine(name)).collect();
         let launched: BTreeSet<String> = self
             .device

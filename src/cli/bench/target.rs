@@ -1,0 +1,125 @@
+//! What is measured on: each device of the list, on each number of threads.
+
+use anyhow::Result;
+use clap::Args;
+
+use super::bandwidth::Bandwidth;
+use crate::backend::Device;
+use crate::backend::cpu::available_threads;
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::{ColdCaches, Gpu};
+use crate::cli::args::DeviceArgs;
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Devices")]
+pub(super) struct TargetArgs {
+    /// Where to compute: auto (a GPU where there is one), cpu, cuda or cuda:N.
+    #[arg(long, value_name = "auto|cpu|cuda[:N],…", value_delimiter = ',', default_value = "auto")]
+    device: Vec<Device>,
+    /// The GPU of the large model, which also fuses.
+    #[arg(long, value_name = "N", conflicts_with = "device")]
+    large_device: Option<usize>,
+    /// The GPU of the small model and its experts.
+    #[arg(long, value_name = "N", conflicts_with = "device")]
+    small_device: Option<usize>,
+    /// Launch every CUDA kernel by itself instead of one graph a step: slower.
+    #[arg(long)]
+    eager: bool,
+    /// Threads on a CPU [default: one a core].
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Vec<u16>,
+}
+
+/// A device, and its limit.
+pub(super) struct Target {
+    pub(super) device: DeviceArgs,
+    /// What it is called in a table.
+    pub(super) name: String,
+    pub(super) bandwidth: Bandwidth,
+    /// Of its GPUs.
+    #[cfg(feature = "cuda")]
+    caches: Vec<GpuCaches>,
+}
+
+#[cfg(feature = "cuda")]
+struct GpuCaches {
+    gpu: std::sync::Arc<Gpu>,
+    stream: std::sync::Arc<cudarc::driver::CudaStream>,
+    caches: ColdCaches,
+}
+
+impl TargetArgs {
+    /// Each device once, a CPU once for each number of threads; and what their memory gives.
+    pub(super) fn measure(&self) -> Result<Vec<Target>> {
+        let devices = match (self.large_device, self.small_device) {
+            (None, None) => self.device.clone(),
+            (large, small) => {
+                vec![Device::Split { large: large.unwrap_or(0), small: small.unwrap_or(0) }]
+            }
+        };
+        let mut targets = Vec::new();
+        for device in devices {
+            let plain = DeviceArgs::new(device, None, self.eager);
+            if plain.gpu().is_some() || self.threads.is_empty() {
+                targets.push(Target::measure(plain)?);
+                continue;
+            }
+            for &threads in &self.threads {
+                targets.push(Target::measure(DeviceArgs::new(device, Some(threads), self.eager))?);
+            }
+        }
+        Ok(targets)
+    }
+}
+
+impl Target {
+    fn measure(device: DeviceArgs) -> Result<Self> {
+        let bandwidth = Bandwidth::measure(&device)?;
+        Ok(Self {
+            name: name(&device),
+            #[cfg(feature = "cuda")]
+            caches: GpuCaches::of(device.device(), device.gpu())?,
+            bandwidth,
+            device,
+        })
+    }
+
+    /// Empties the caches of the GPUs. Those of a CPU stay as they are.
+    pub(super) fn flush(&mut self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        for GpuCaches { gpu, stream, caches } in &mut self.caches {
+            caches.sweep(gpu, stream)?;
+            gpu.synchronize(stream)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl GpuCaches {
+    fn of(device: Device, gpu: Option<usize>) -> Result<Vec<Self>> {
+        let small = match device {
+            Device::Split { large, small } if small != large => Some(small),
+            _ => None,
+        };
+        let open = |ordinal| {
+            let gpu = Gpu::open(ordinal)?;
+            let stream = gpu.stream()?;
+            let caches = ColdCaches::new(&gpu, &stream)?;
+            Ok(Self { gpu, stream, caches })
+        };
+        gpu.into_iter().chain(small).map(open).collect()
+    }
+}
+
+fn name(args: &DeviceArgs) -> String {
+    let eager = if args.eager() { ", eager" } else { "" };
+    match (args.device(), args.gpu()) {
+        (Device::Split { large, small }, _) => format!("cuda:{large}+{small}{eager}"),
+        (_, Some(ordinal)) => format!("cuda:{ordinal}{eager}"),
+        (_, None) => match args.threads().unwrap_or_else(available_threads) {
+            1 => "cpu, 1 thread".to_owned(),
+            threads => format!("cpu, {threads} threads"),
+        },
+    }
+}
