@@ -93,7 +93,7 @@ impl Fuser {
         }
         self.slices.resize_with((rows.len() * slices).max(self.slices.len()), Default::default);
 
-        // One round, but for the refined search: it zooms into a cell and measures the minimum.
+        // One round, but for the refined search, which measures the minimum that it found.
         while self.tilts.iter().any(Option::is_some) {
             let (isa, tilts, states, sums) = (self.isa, &self.tilts, &self.rows, &self.slices);
             parallel(rows.len() * slices, &|task| {

@@ -9,9 +9,7 @@ use crate::backend::cpu::simd::Isa;
 use crate::backend::{Choice, FuseRow};
 use crate::error::{Error, Result};
 use crate::fusion::cumulant::{Best, Divergences, choose, loss, one_hot};
-use crate::fusion::{
-    Decision, DynamicRule, FusionRule, Logits, MAX_CANDIDATES, Objective, PerExpert, SearchMode, refine,
-};
+use crate::fusion::{Decision, DynamicRule, FusionRule, Logits, Objective, PerExpert, SearchMode, refine};
 use crate::model::Role;
 use crate::sampling::Sampler;
 
@@ -23,8 +21,6 @@ enum Stage {
     Alone,
     /// The rule's own candidates.
     Search,
-    /// Candidates of one expert between the neighbours of the grid's best.
-    Zoom { expert: usize, ladder: Ladder },
     /// One α of each expert, chosen already.
     Measure { expert: Option<usize>, alpha: PerExpert<f64> },
 }
@@ -90,9 +86,6 @@ impl RowState {
                 let tilt = |t| Tilt::expert(experts, t, Ladder::through(grid(rule, t)));
                 (0..experts).map(tilt).collect()
             }
-            Stage::Zoom { expert, ladder } => {
-                std::iter::once(Tilt::expert(experts, *expert, *ladder)).collect()
-            }
             Stage::Measure { alpha, .. } => std::iter::once(Tilt::fixed(alpha)).collect(),
         }
     }
@@ -155,22 +148,17 @@ impl RowState {
                 let best = choose(objective, &sums.directions, |t| grid(row.rule, t), &targets);
                 let best = best.ok_or(Error::NoCandidate { step: row.step })?;
                 let candidates = grid(row.rule, best.expert);
-                if mode == SearchMode::Refine && candidates.len() > 1 {
-                    let low = candidates[best.candidate.saturating_sub(1)];
-                    let high = candidates[(best.candidate + 1).min(candidates.len() - 1)];
-                    let step = (high - low) / (MAX_CANDIDATES - 1) as f64;
-                    let ladder = Ladder { first: low, step, count: MAX_CANDIDATES };
-                    self.stage = Stage::Zoom { expert: best.expert, ladder };
+                let refined = (mode == SearchMode::Refine).then(|| {
+                    let direction = &sums.directions[best.expert];
+                    refine::interpolate(objective, direction, candidates, &targets, best.candidate)
+                });
+                if let Some(alpha) = refined.flatten() {
+                    let (expert, alpha) = (Some(best.expert), one_hot(experts, best.expert, alpha));
+                    self.stage = Stage::Measure { expert, alpha };
                     self.next = Some(self.tilts(row.rule, experts));
                     return Ok(None);
                 }
                 picked(&sums, &best, experts, candidates[best.candidate])
-            }
-            Stage::Zoom { expert, ladder } => {
-                let alpha = zoomed(row.rule, &sums, &targets, ladder).unwrap_or(ladder.first);
-                self.stage = Stage::Measure { expert: Some(expert), alpha: one_hot(experts, expert, alpha) };
-                self.next = Some(self.tilts(row.rule, experts));
-                return Ok(None);
             }
         };
         self.decide(isa, row, &models, &sums, &targets, chosen).map(Some)
@@ -295,13 +283,4 @@ fn measured(
     let divergences = Divergences::new(base, fused, 1.0);
     let loss = loss(search_of(rule).0, &divergences, targets);
     Chosen { expert, alpha, terms: Some((loss, divergences)), log_sum: fused.log_sum() }
-}
-
-/// The continuous minimum on a fine ladder.
-fn zoomed(rule: &FusionRule, sums: &Sums, targets: &[Divergences], ladder: Ladder) -> Option<f64> {
-    let objective = search_of(rule).0;
-    let alpha: arrayvec::ArrayVec<f64, MAX_CANDIDATES> = (0..ladder.count).map(|k| ladder.alpha(k)).collect();
-    let best = choose(objective, &sums.directions, |_| &alpha, targets)?;
-    let direction = sums.directions.first()?;
-    Some(refine::interpolate(objective, direction, &alpha, targets, best.candidate)?.0)
 }
