@@ -13,7 +13,7 @@ use dlf_engine::model::Role;
 use dlf_engine::{Error, Result};
 
 /// Sums of f32 terms: a lane adds at most 128 of them, a candidate's weight is a product of up to 32 factors,
-/// and both errors are near 2⁻²⁴ a step with random signs; the largest of 4,000 rows is 3e-6. Relative to 1 + KL.
+/// and both errors are near 2⁻²⁴ a step with random signs; the largest of 4,000 rows is 3.5e-6. Relative to 1 + KL.
 const KL_TOLERANCE: f64 = 1e-5;
 
 struct Rng(u64);

@@ -19,13 +19,13 @@ use std::sync::Mutex;
 use models::{Models, NotFinite};
 use row::RowState;
 use slice::{SLICE, Search};
-use sums::{Sums, Tilt};
+use sums::{Sought, Sums};
 
 use super::lock;
 use super::simd::Isa;
 use crate::backend::FuseRow;
 use crate::error::Result;
-use crate::fusion::{Decision, Logits, PerExpert};
+use crate::fusion::{Decision, Logits};
 
 /// Runs a task for each of 0, 1, … below a count, in any order and on any threads, and returns when all are
 /// done.
@@ -42,7 +42,7 @@ pub struct Fuser {
     isa: Isa,
     slices: Vec<Mutex<Option<Result<Sums, NotFinite>>>>,
     rows: Vec<Mutex<RowState>>,
-    tilts: Vec<Option<PerExpert<Tilt>>>,
+    sought: Vec<Option<Sought>>,
 }
 
 impl Default for Fuser {
@@ -64,7 +64,7 @@ impl Fuser {
 
     /// With instructions that the machine is known to have.
     pub(super) fn with_isa(isa: Isa) -> Self {
-        Self { isa, slices: Vec::new(), rows: Vec::new(), tilts: Vec::new() }
+        Self { isa, slices: Vec::new(), rows: Vec::new(), sought: Vec::new() }
     }
 
     /// Decides each of `rows`; `logits` gives the logits of the row with that index. `decisions` is cleared and
@@ -84,33 +84,33 @@ impl Fuser {
     ) {
         decisions.clear();
         self.rows.resize_with(rows.len().max(self.rows.len()), Default::default);
-        self.tilts.clear();
+        self.sought.clear();
         let mut slices = 1;
         for (i, row) in rows.iter().enumerate() {
-            let (tilts, width) = lock(&self.rows[i]).open(row, &logits(i));
-            self.tilts.push(tilts);
+            let (sought, width) = lock(&self.rows[i]).open(row, &logits(i));
+            self.sought.push(sought);
             slices = slices.max(width.div_ceil(SLICE));
         }
         self.slices.resize_with((rows.len() * slices).max(self.slices.len()), Default::default);
 
         // One round, but for the refined search, which measures the minimum that it found.
-        while self.tilts.iter().any(Option::is_some) {
-            let (isa, tilts, states, sums) = (self.isa, &self.tilts, &self.rows, &self.slices);
+        while self.sought.iter().any(Option::is_some) {
+            let (isa, sought, states, sums) = (self.isa, &self.sought, &self.rows, &self.slices);
             parallel(rows.len() * slices, &|task| {
                 let (i, slice) = (task / slices, task % slices);
-                if let Some(tilts) = &tilts[i] {
-                    *lock(&sums[task]) = search(isa, rows[i], &logits(i), slice, tilts);
+                if let Some(sought) = &sought[i] {
+                    *lock(&sums[task]) = search(isa, rows[i], &logits(i), slice, sought);
                 }
             });
             parallel(rows.len(), &|i| {
-                if let Some(tilts) = &tilts[i] {
+                if let Some(sought) = &sought[i] {
                     let models = Models::new(&logits(i), rows[i].rule);
                     let parts = sums[i * slices..(i + 1) * slices].iter().map(lock);
-                    lock(&states[i]).advance(isa, &rows[i], models, tilts, parts);
+                    lock(&states[i]).advance(isa, &rows[i], models, sought, parts);
                 }
             });
-            for (tilts, state) in self.tilts.iter_mut().zip(&self.rows) {
-                *tilts = tilts.take().and_then(|_| lock(state).next());
+            for (sought, state) in self.sought.iter_mut().zip(&self.rows) {
+                *sought = sought.take().and_then(|_| lock(state).next());
             }
         }
         decisions
@@ -124,9 +124,9 @@ fn search(
     row: FuseRow<'_>,
     logits: &Logits<'_>,
     slice: usize,
-    tilts: &[Tilt],
+    sought: &Sought,
 ) -> Option<Result<Sums, NotFinite>> {
     let models = Models::new(logits, row.rule).ok()?;
     let range = (slice * SLICE).min(models.width())..((slice + 1) * SLICE).min(models.width());
-    (!range.is_empty()).then(|| isa.run(Search { models: &models, range, tilts }))
+    (!range.is_empty()).then(|| isa.run(Search { models: &models, range, sought }))
 }

@@ -17,7 +17,7 @@ use half::{bf16, f16};
 use avx2::Avx2;
 use portable::Portable;
 
-pub(crate) use exp::{exp, exp_scaled};
+pub(crate) use exp::{exp, exp_scaled, exp_weight};
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 8;

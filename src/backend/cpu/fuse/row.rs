@@ -4,7 +4,7 @@ use std::sync::MutexGuard;
 
 use super::fused::FusedRow;
 use super::models::{Models, NotFinite};
-use super::sums::{Ladder, Sums, Tilt};
+use super::sums::{Ladder, Sought, Sums, Tilt};
 use crate::backend::cpu::simd::Isa;
 use crate::backend::{Choice, FuseRow};
 use crate::error::{Error, Result};
@@ -40,7 +40,9 @@ struct Chosen {
 #[derive(Debug, Default)]
 pub(super) struct RowState {
     stage: Stage,
-    next: Option<PerExpert<Tilt>>,
+    next: Option<Sought>,
+    /// The sums of a search whose minimum is being measured.
+    searched: Option<Sums>,
     result: Option<Result<Decision>>,
     fused: Vec<f32>,
     sampler: Sampler,
@@ -48,12 +50,9 @@ pub(super) struct RowState {
 
 impl RowState {
     /// What must be summed first, and over how many tokens; nothing where the row fails at once.
-    pub(super) fn open(
-        &mut self,
-        row: &FuseRow<'_>,
-        logits: &Logits<'_>,
-    ) -> (Option<PerExpert<Tilt>>, usize) {
+    pub(super) fn open(&mut self, row: &FuseRow<'_>, logits: &Logits<'_>) -> (Option<Sought>, usize) {
         self.next = None;
+        self.searched = None;
         self.result = None;
         let models = match Models::new(logits, row.rule) {
             Ok(models) => models,
@@ -75,10 +74,10 @@ impl RowState {
             }
             (FusionRule::Large | FusionRule::Small | FusionRule::Expert(_), _) => Stage::Alone,
         };
-        (Some(self.tilts(row.rule, experts)), models.width())
+        (Some(Sought { tilts: self.tilts(row.rule, experts), targets: true }), models.width())
     }
 
-    /// The sums that the stage needs.
+    /// The directions and candidates of the stage.
     fn tilts(&self, rule: &FusionRule, experts: usize) -> PerExpert<Tilt> {
         match &self.stage {
             Stage::Alone => PerExpert::new(),
@@ -91,7 +90,7 @@ impl RowState {
     }
 
     /// What must be summed next, if anything.
-    pub(super) fn next(&mut self) -> Option<PerExpert<Tilt>> {
+    pub(super) fn next(&mut self) -> Option<Sought> {
         self.next.take()
     }
 
@@ -106,10 +105,10 @@ impl RowState {
         isa: Isa,
         row: &FuseRow<'_>,
         models: Result<Models<'_>>,
-        tilts: &[Tilt],
+        sought: &Sought,
         parts: impl Iterator<Item = MutexGuard<'g, Option<Result<Sums, NotFinite>>>>,
     ) {
-        self.result = match self.try_advance(isa, row, models, tilts, parts) {
+        self.result = match self.try_advance(isa, row, models, sought, parts) {
             Ok(decision) => decision.map(Ok),
             Err(error) => Some(Err(error)),
         };
@@ -120,18 +119,21 @@ impl RowState {
         isa: Isa,
         row: &FuseRow<'_>,
         models: Result<Models<'_>>,
-        tilts: &[Tilt],
+        sought: &Sought,
         parts: impl Iterator<Item = MutexGuard<'g, Option<Result<Sums, NotFinite>>>>,
     ) -> Result<Option<Decision>> {
         let models = models?;
         let experts = models.experts.len();
-        let mut sums = Sums::empty(tilts, experts);
+        let mut sums = Sums::empty(&sought.tilts, experts);
         for mut part in parts {
             match part.take() {
                 Some(Ok(part)) => sums.append(&part),
                 Some(Err(not_finite)) => return Err(not_finite.at(row.step)),
                 None => {}
             }
+        }
+        if let Some(searched) = self.searched.take() {
+            sums = Sums { directions: sums.directions, ..searched };
         }
         if sums.base.sum == 0.0 {
             return Err(Error::NoCandidate { step: row.step });
@@ -155,7 +157,8 @@ impl RowState {
                 if let Some(alpha) = refined.flatten() {
                     let (expert, alpha) = (Some(best.expert), one_hot(experts, best.expert, alpha));
                     self.stage = Stage::Measure { expert, alpha };
-                    self.next = Some(self.tilts(row.rule, experts));
+                    self.next = Some(Sought { tilts: self.tilts(row.rule, experts), targets: false });
+                    self.searched = Some(sums);
                     return Ok(None);
                 }
                 picked(&sums, &best, experts, candidates[best.candidate])

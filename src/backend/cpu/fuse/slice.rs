@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::models::{BLOCK, Models, NotFinite, Tile, TileCopy, VECTORS};
-use super::sums::{Sums, Tilt, Top};
+use super::sums::{Sought, Sums, Top};
 use super::walk::Walk;
 use super::wide;
 use crate::backend::cpu::simd::{Kernel, LANES, Simd, Vector};
@@ -15,11 +15,11 @@ use crate::fusion::PerExpert;
 /// on the number of threads.
 pub(super) const SLICE: usize = 16 * BLOCK;
 
-/// The sums over `range` of a row's logits, at most [`SLICE`] tokens, for all candidates of `tilts`.
+/// The sums over `range` of a row's logits, at most [`SLICE`] tokens, for all candidates of `sought`.
 pub(super) struct Search<'a> {
     pub(super) models: &'a Models<'a>,
     pub(super) range: Range<usize>,
-    pub(super) tilts: &'a [Tilt],
+    pub(super) sought: &'a Sought,
 }
 
 impl Kernel for Search<'_> {
@@ -27,23 +27,23 @@ impl Kernel for Search<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Self::Output {
-        let Self { models, range, tilts } = self;
+        let Self { models, range, sought } = self;
         let mut source = Source { models, range, masked: false };
         let mut tops = source.tops(simd);
         if !tops.finite {
             source.masked = source.models.inspect(source.range.clone())?;
             tops = source.tops(simd);
         }
-        let mut sums = Sums::empty(tilts, models.experts.len());
+        let mut sums = Sums::empty(&sought.tilts, models.experts.len());
         sums.masked = source.masked;
         if source.masked && source.range.clone().all(|token| models.excludes(token)) {
             return Ok(sums);
         }
         sums.base_top = tops.base;
         sums.expert_tops = tops.experts.clone();
-        let fits = Walk { source: &source, tops: &tops, tilts }.run(simd, &mut sums);
+        let fits = Walk { source: &source, tops: &tops, sought }.run(simd, &mut sums);
         if !fits {
-            wide::search(simd, models, source.range.clone(), tilts, &mut sums);
+            wide::search(simd, models, source.range.clone(), sought, &mut sums);
         }
         Ok(sums)
     }

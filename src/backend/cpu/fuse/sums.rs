@@ -49,10 +49,24 @@ impl Tilt {
         Self { direction: one_hot(experts, expert, 1.0), ladder }
     }
 
+    /// Whether this is D_t of expert `t` alone.
+    pub(super) fn is_expert(&self, t: usize) -> bool {
+        self.direction.iter().enumerate().all(|(i, &c)| c == f64::from(u8::from(i == t)))
+    }
+
     /// L + Σ_t α_t D_t as the one candidate.
     pub(super) fn fixed(alpha: &PerExpert<f64>) -> Self {
         Self { direction: alpha.clone(), ladder: Ladder::single(1.0) }
     }
+}
+
+/// What is summed over a row.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Sought {
+    /// The directions, each with its candidates.
+    pub(super) tilts: PerExpert<Tilt>,
+    /// Whether the lanes of S and the experts are wanted, too.
+    pub(super) targets: bool,
 }
 
 /// The largest logit of a model, and the lowest token that has it.
@@ -78,7 +92,7 @@ pub(super) struct Sums {
     pub(super) base: Lane,
     pub(super) base_top: Top,
     pub(super) expert_tops: PerExpert<Top>,
-    /// The lanes of S and of E_t with D_t as the weight.
+    /// The lanes of S and of E_t with D_t as the weight, where they were wanted.
     pub(super) targets: PerExpert<(Lane, Lane)>,
     /// One for each tilt.
     pub(super) directions: PerExpert<Direction>,

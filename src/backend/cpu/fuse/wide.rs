@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::models::{BLOCK, Models, VECTORS};
-use super::sums::{Sums, Tilt};
+use super::sums::{Sought, Sums};
 use crate::backend::cpu::simd::{LANES, Simd, Vector, exp_scaled};
 use crate::fusion::cumulant::Lane;
 
@@ -71,12 +71,12 @@ pub(super) fn search<S: Simd>(
     simd: S,
     models: &Models<'_>,
     range: Range<usize>,
-    tilts: &[Tilt],
+    sought: &Sought,
     sums: &mut Sums,
 ) {
     let experts = models.experts.len();
     let (tops, masked) = ((sums.base_top, sums.expert_tops.clone()), sums.masked);
-    *sums = Sums::empty(tilts, experts);
+    *sums = Sums::empty(&sought.tilts, experts);
     (sums.base_top, sums.expert_tops, sums.masked) = (tops.0, tops.1, masked);
     let difference =
         |t: usize, token: usize| f64::from(models.experts[t][token]) - f64::from(models.small[token]);
@@ -86,12 +86,12 @@ pub(super) fn search<S: Simd>(
         let add = |lane: &mut Lane, buffer: &Block, alpha: f64| *lane = lane.merge(buffer.lane(simd, alpha));
         buffer.fill(models, block.clone(), models.base.1, |_| 0.0);
         add(&mut sums.base, &buffer, 0.0);
-        for (t, (small, expert)) in sums.targets.iter_mut().enumerate() {
+        for (t, (small, expert)) in sums.targets.iter_mut().enumerate().filter(|_| sought.targets) {
             buffer.fill(models, block.clone(), models.small, |token| difference(t, token));
             add(small, &buffer, 0.0);
             add(expert, &buffer, 1.0);
         }
-        for (tilt, direction) in tilts.iter().zip(&mut sums.directions) {
+        for (tilt, direction) in sought.tilts.iter().zip(&mut sums.directions) {
             buffer.fill(models, block.clone(), models.base.1, |token| {
                 let terms = tilt.direction.iter().enumerate().filter(|(_, c)| **c != 0.0);
                 terms.map(|(t, c)| c * difference(t, token)).sum()

@@ -55,3 +55,24 @@ pub(crate) fn exp_scaled<const BIAS: i32, S: Simd>(simd: S, x: S::V) -> S::V {
     let lowest = -(125 + BIAS) as f32 * std::f32::consts::LN_2;
     simd.keep_from(simd.scale_by_power(p, rounded), x, simd.splat(lowest))
 }
+
+/// 2^`BIAS` · eˣ, for x up to 88 − `BIAS` · ln 2: the fastest, for the terms of sums.
+///
+/// Relative to the exact value it is off by less than 2e-7 + 2e-8·|x|, as if x had been rounded a little more, and exactly
+/// 2^`BIAS` at 0. Nothing is below 2⁻¹²⁵: smaller results, those of −∞ and those of NaN are about that.
+#[inline(always)]
+pub(crate) fn exp_weight<const BIAS: i32, S: Simd>(simd: S, x: S::V) -> S::V {
+    // A minimax fit of 2ʳ on |r| ≤ 1/2 with relative error 9.3e-8, rounded to f32, 1 at 0.
+    const C: [f32; 5] = [0.693_147, 0.240_222_47, 0.055_507_11, 0.009_671_29, 0.001_326_951_5];
+
+    let x = simd.max(x, simd.splat(-(125 + BIAS) as f32 * std::f32::consts::LN_2));
+    let log2_e = simd.splat(std::f32::consts::LOG2_E);
+    let magic = simd.splat(ROUND + BIAS as f32);
+    let rounded = simd.fma(x, log2_e, magic);
+    let r = simd.fma(x, log2_e, simd.sub(magic, rounded));
+    let mut p = simd.splat(C[4]);
+    for c in [C[3], C[2], C[1], C[0], 1.0] {
+        p = simd.fma(p, r, simd.splat(c));
+    }
+    simd.scale_by_power(p, rounded)
+}

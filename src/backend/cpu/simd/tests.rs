@@ -26,6 +26,18 @@ impl<const BIAS: i32> Kernel for ExpScaled<BIAS> {
     }
 }
 
+/// Evaluates `exp_weight` on eight lanes.
+struct ExpWeight<const BIAS: i32>(Vector);
+
+impl<const BIAS: i32> Kernel for ExpWeight<BIAS> {
+    type Output = Vector;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> Vector {
+        simd.lanes(exp_weight::<BIAS, S>(simd, simd.load(&self.0)))
+    }
+}
+
 /// Sums eight lanes alone, as one of four, and in f64.
 struct Sum(Vector);
 
@@ -130,6 +142,40 @@ fn exp_scaled_has_exact_ends() {
         assert_eq!(y[..5], [1.0, 1.0, 0.0, 0.0, 0.0]);
         assert_eq!(y[5], 0.0, "below 2⁻¹²⁵");
         assert_eq!(isa.run(ExpScaled::<32>(x))[0], 4_294_967_296.0);
+    }
+}
+
+/// Compares `exp_weight` with its bound, over arguments that walk the float's bits.
+fn check_weights<const BIAS: i32>(isa: Isa) {
+    let bias = f64::from(BIAS) * std::f64::consts::LN_2;
+    let (low, high) = (-125.0 * std::f64::consts::LN_2 - bias, 88.0 - bias);
+    let mut patterns = (0..u32::MAX).step_by(769).map(f32::from_bits);
+    while let Some(first) = patterns.next() {
+        let x = [first; LANES].map(|x| patterns.next().unwrap_or(x));
+        for (x, y) in x.into_iter().zip(isa.run(ExpWeight::<BIAS>(x))) {
+            let (wide, least) = (f64::from(x), 2.0_f64.powi(-125));
+            if wide > low + 1e-4 && wide <= high {
+                let error = f64::from(y) / (wide + bias).exp() - 1.0;
+                // Without FMA, the product with log2 e is rounded, too.
+                let bound =
+                    if isa == Isa::Portable { 3e-7 + 1.4e-7 * wide.abs() } else { 2e-7 + 2e-8 * wide.abs() };
+                assert!(error.abs() <= bound, "{isa:?}: exp({x}) is off by {error}");
+            } else if x.is_nan() || wide < low {
+                assert!((f64::from(y) / least - 1.0).abs() < 1e-4, "exp({x}) = {y}");
+            }
+        }
+    }
+    assert_eq!(
+        isa.run(ExpWeight::<BIAS>([0.0, -0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])),
+        [2.0_f32.powi(BIAS); LANES]
+    );
+}
+
+#[test]
+fn exp_weight_is_within_its_bound_of_f64() {
+    for isa in Isa::every() {
+        check_weights::<0>(isa);
+        check_weights::<32>(isa);
     }
 }
 
