@@ -9,8 +9,8 @@ use crate::exec::address::{Pattern, Request, lanes};
 
 /// When and by whom an access was made, in one number. From the top: the barrier phase of the launch (32 bits,
 /// counted over all blocks, so that a new block starts in a new phase), the warp barriers that the thread's warp
-/// has passed in it (19 bits), whether the access was an atomic, who it was (12 bits): a thread of the block, or
-/// [`WARP`] and a warp, or [`MANY`].
+/// has passed (19 bits), whether the access was an atomic, who it was (12 bits): a thread of the block, or
+/// a warp, or many.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Stamp(u64);
 
@@ -184,16 +184,15 @@ impl SharedHistory {
                 true
             }
             Pattern::Other if how == Use::Read || request.apart() => {
-                let word = |lane: usize| request.at[lane] as usize / 4;
-                let all = |lane: usize| {
-                    !self.splits(word(lane) * 4, len)
-                        && self.words.is_plain(word(lane), count, now.lane(lane), how)
-                };
-                if !lanes(request.mask).all(all) {
-                    return false;
+                // Loops and not closures, which would be compiled for the baseline.
+                for lane in lanes(request.mask) {
+                    let at = request.at[lane] as usize;
+                    if self.splits(at, len) || !self.words.is_plain(at / 4, count, now.lane(lane), how) {
+                        return false;
+                    }
                 }
                 for lane in lanes(request.mask) {
-                    self.words.note(word(lane), count, now.lane(lane), how);
+                    self.words.note(request.at[lane] as usize / 4, count, now.lane(lane), how);
                 }
                 true
             }
@@ -248,8 +247,16 @@ impl Cells {
     /// [`SharedHistory::plain`] for `count` words from `n` of one thread; it notes nothing.
     #[inline(always)]
     fn is_plain(&self, n: usize, count: usize, now: Stamp, how: Use) -> bool {
-        self.writes[n..n + count].iter().all(|&w| ordered(w, now))
-            && (how == Use::Read || self.reads[n..n + count].iter().all(|&r| ordered(r, now)))
+        let mut plain = true;
+        for &write in &self.writes[n..n + count] {
+            plain &= ordered(write, now);
+        }
+        if how != Use::Read {
+            for &read in &self.reads[n..n + count] {
+                plain &= ordered(read, now);
+            }
+        }
+        plain
     }
 
     #[inline(always)]
@@ -277,15 +284,7 @@ impl Cells {
     fn plain_run<const COUNT: usize>(&mut self, n: usize, now: Stamp, how: Use) -> bool {
         let writes = &mut self.writes[n..n + 32 * COUNT];
         let reads = &mut self.reads[n..n + 32 * COUNT];
-        let plain_of = |stamps: &[Stamp]| {
-            // Most are settled, which costs less to ask.
-            let mut settled = true;
-            for (k, stamp) in stamps.iter().enumerate() {
-                settled &= stamp.settled(now.lane(k / COUNT));
-            }
-            settled || stamps.iter().enumerate().all(|(k, &stamp)| ordered(stamp, now.lane(k / COUNT)))
-        };
-        let plain = plain_of(writes);
+        let plain = all_ordered::<COUNT>(writes, now);
         if how == Use::Read {
             if plain {
                 for (k, read) in reads.iter_mut().enumerate() {
@@ -294,7 +293,7 @@ impl Cells {
             }
             return plain;
         }
-        let plain = plain && plain_of(reads);
+        let plain = plain && all_ordered::<COUNT>(reads, now);
         if plain {
             for (k, write) in writes.iter_mut().enumerate() {
                 *write = now.lane(k / COUNT);
@@ -324,6 +323,17 @@ impl Cells {
         self.writes[n] = if how == Use::Atomic { Stamp(now.0 | ATOMIC) } else { now };
         race
     }
+}
+
+/// Whether the stamps of a run, `COUNT` of each lane, are ordered before the lanes' accesses. `now` is lane 0's.
+#[inline(always)]
+fn all_ordered<const COUNT: usize>(stamps: &[Stamp], now: Stamp) -> bool {
+    // Most are settled, which costs less to ask.
+    let mut settled = true;
+    for (k, stamp) in stamps.iter().enumerate() {
+        settled &= stamp.settled(now.lane(k / COUNT));
+    }
+    settled || stamps.iter().enumerate().all(|(k, &stamp)| ordered(stamp, now.lane(k / COUNT)))
 }
 
 /// Both readers in one stamp: the later phase wins, several threads become "many".
@@ -395,5 +405,62 @@ mod tests {
             assert_eq!(h.access(0, 4, at(reader, 1, 0), Use::Read), None);
         }
         assert_eq!(h.access(0, 4, at(3, 1, 5), Use::Write), Some(Race::WriteAfterRead(None)));
+    }
+
+    /// Requests of all patterns by warps of two, with barriers between, noted in one go where that may be and lane by
+    /// lane: races and histories are the same.
+    #[test]
+    fn short_ways_note_what_single_accesses_note() {
+        let mut state = 7;
+        let mut draw = |below: u64| crate::exec::draw(&mut state) % below;
+        let (mut short, mut long) = (SharedHistory::new(4096), SharedHistory::new(4096));
+        let (mut phase, mut warp_phases) = (1, [0u32; 2]);
+        let mut plain = 0;
+        for _ in 0..20_000 {
+            match draw(4) {
+                0 => phase += 1,
+                1 => warp_phases[draw(2) as usize] += 1,
+                _ => {}
+            }
+            let warp = draw(2) as u32;
+            // Parts of words in the upper half only, which are split soon and for good.
+            let upper = draw(10) == 0;
+            let len = if upper { 2 << draw(4) } else { 4 << draw(3) };
+            let base = u64::from(upper) * 2048 + draw(16) * 16;
+            let at: [u64; 32] = match draw(5) {
+                0 | 1 => std::array::from_fn(|lane| base + lane as u64 * len),
+                2 => [base; 32],
+                3 => std::array::from_fn(|lane| base + (lane as u64 ^ 5) * 2 * len),
+                _ => std::array::from_fn(|lane| base + lane as u64 % 7 * len),
+            };
+            let mask = [u32::MAX, 1 << draw(32), 0x00ff_fff0, u32::MAX][draw(4) as usize];
+            let how = if draw(3) == 0 { Use::Write } else { Use::Read };
+            let request = Request::new(at, mask, len as u32);
+            let now = Stamp::new(phase, warp_phases[warp as usize], warp * 32);
+            let single = |history: &mut SharedHistory| -> Vec<Option<Race>> {
+                let one = |lane: usize| history.access(at[lane] as usize, len as usize, now.lane(lane), how);
+                lanes(mask).map(one).collect()
+            };
+            let races = single(&mut long);
+            if short.plain(&request, now, how) {
+                plain += 1;
+                assert!(races.iter().all(Option::is_none), "{request:?} {how:?}: {races:?}");
+            } else {
+                assert_eq!(single(&mut short), races);
+            }
+            assert!(short.words.writes == long.words.writes && short.words.reads == long.words.reads);
+            assert!(short.bytes.writes == long.bytes.writes && short.bytes.reads == long.bytes.reads);
+        }
+        assert!(plain > 2000, "only {plain} of the requests went the short way");
+    }
+
+    #[test]
+    fn a_restart_keeps_the_order_of_what_was() {
+        let mut h = SharedHistory::new(64);
+        h.access(0, 4, at(0, 1, 9), Use::Write);
+        h.access(4, 4, at(40, 1, 9), Use::Write);
+        h.restart(1, 0);
+        assert_eq!(h.access(0, 4, at(1, 1, 1), Use::Read), None, "before the barrier that made it restart");
+        assert_eq!(h.access(4, 4, at(41, 1, 9), Use::Read), Some(Race::ReadAfterWrite(40)), "another warp");
     }
 }
