@@ -11,7 +11,7 @@ use super::simd::{Element, Isa, Kernel, LANES, Simd, padded};
 /// Activation rows of a tile.
 const TILE_ROWS: usize = 3;
 
-/// Weight rows of a tile: with three activation rows twelve accumulators, three vectors of x and one of w fill
+/// Weight rows of a tile of several activation rows: with three twelve accumulators, three vectors of x and one of w fill
 /// the sixteen registers, and seven loads feed twelve multiplications.
 const TILE_COLS: usize = 4;
 
@@ -63,18 +63,32 @@ impl<E: Element> Kernel for MatMul<'_, E> {
         assert!((self.rows - 1) * self.x_stride + padded(self.k) <= self.x.len());
         assert!((self.cols - 1) * self.w_stride + self.k <= self.w.len());
         assert!((self.rows - 1) * self.y_stride + self.cols <= self.y.len());
-        let whole = self.cols - self.cols % TILE_COLS;
         let mut this = self;
-        for col in (0..whole).step_by(TILE_COLS) {
-            this.columns::<S, TILE_COLS>(simd, col);
-        }
-        for col in whole..this.cols {
-            this.columns::<S, 1>(simd, col);
+        match (this.rows, size_of::<E>()) {
+            (1, 4) => this.tiles::<S, 1>(simd),
+            (1, _) => this.tiles::<S, 2>(simd),
+            _ => this.tiles::<S, TILE_COLS>(simd),
         }
     }
 }
 
 impl<E: Element> MatMul<'_, E> {
+    /// All outputs, in tiles of `N` columns.
+    ///
+    /// One activation row has its weights from memory, and memory is read fastest in the order of its addresses: a tile
+    /// is one row of f32, whose sum depends on itself from step to step only as fast as memory gives. Twice as many
+    /// 16-bit weights come in the same time, and two rows a tile hide that.
+    #[inline(always)]
+    fn tiles<S: Simd, const N: usize>(&mut self, simd: S) {
+        let whole = self.cols - self.cols % N;
+        for col in (0..whole).step_by(N) {
+            self.columns::<S, N>(simd, col);
+        }
+        for col in whole..self.cols {
+            self.columns::<S, 1>(simd, col);
+        }
+    }
+
     /// All rows of `N` columns from `col` on.
     #[inline(always)]
     fn columns<S: Simd, const N: usize>(&mut self, simd: S, col: usize) {
@@ -134,8 +148,8 @@ impl<E: Element> MatMul<'_, E> {
 
     /// acc += x wᵀ over `steps` of eight k, for the first `M` rows of `acc`.
     ///
-    /// With `STREAM`, the weights of a later tile are asked for in the order they lie in memory: a tile reads four
-    /// short rows at once, which the hardware doesn't see coming.
+    /// With `STREAM`, the weights of a later tile are asked for in the order they lie in memory: a tile reads
+    /// short rows, several at once, which the hardware doesn't see coming.
     #[inline(always)]
     fn accumulate<S: Simd, const M: usize, const N: usize, const STREAM: bool>(
         &self,
