@@ -5,7 +5,7 @@
 //! ten or twenty steps, exp(E) = exp(S)·exp(D) is four or five more products.
 //!
 //! **Range.** Everything is taken relative to the slice's most probable token under the large model: w = 2³²
-//! exp(L − L*) and d = D − D*, so this token adds exactly 2³² to every candidate. Other tokens may be lost
+//! exp(L − L*) and d = D − D*, so this token adds exactly 2³² to every candidate. Other tokens may be lost (or count as 2⁻¹²⁵)
 //! only by falling below 2⁻¹²⁵: before the progression starts, from where it can grow by exp([`REACH`]), or
 //! inside it. Together that is less than 2⁻³⁴ of the sum. Where d reaches further than that, or anything
 //! overflows, [`wide`](super::wide) computes the slice again with f64 arguments and one exponential a candidate.
