@@ -7,6 +7,7 @@ mod half;
 mod integer;
 mod memory;
 mod operands;
+mod registers;
 mod warp;
 
 use crate::cfg::{Node, post_dominators};
@@ -85,17 +86,6 @@ impl<'a> Decoder<'a> {
             source_ids: HashMap::new(),
             synchronises: false,
         };
-        for kind in &function.registers {
-            let slot = match kind {
-                RegKind::Pred => {
-                    d.predicates += 1;
-                    d.predicates - 1
-                }
-                RegKind::Word(_) => d.new_slot(false),
-                RegKind::Double => d.new_slot(true),
-            };
-            d.slots.push(slot);
-        }
         for (name, &value) in globals {
             d.symbols.insert(name.clone(), Symbol { space: Space::Global, value });
         }
@@ -138,6 +128,13 @@ impl<'a> Decoder<'a> {
     fn kernel(mut self) -> Decoded<Kernel> {
         let function = self.function;
         let (instructions, nodes) = self.graph()?;
+        (self.slots, self.words) = registers::place(function, &instructions, &nodes);
+        for (slot, kind) in self.slots.iter_mut().zip(&function.registers) {
+            if *kind == RegKind::Pred {
+                *slot = self.predicates;
+                self.predicates += 1;
+            }
+        }
         let joins = post_dominators(&nodes);
         let mut fixes = Vec::new();
         let mut starts = Vec::new();

@@ -4,11 +4,11 @@ use super::*;
 use crate::device::Function;
 use crate::memory::State;
 use crate::profile::{Profile, SHARED_DEFAULT};
-use crate::program::{GlobalVariable, Module};
+use crate::program::{GlobalVariable, Kernel, Module};
 use crate::ptx::ast::{self, Space};
 use crate::ptx::parser::parse;
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{CStr, c_char, c_int, c_uint};
 
 /// The driver that is imitated: CUDA 12.8, PTX 8.7.
@@ -17,20 +17,46 @@ pub const DRIVER_VERSION: c_int = 12_080;
 pub(super) const MUTATION: &str = "mutation";
 const PTX_VERSION: (u32, u32) = (8, 7);
 
-fn parse_for(profile: Profile, text: &str) -> Result<ast::Module, (Code, String)> {
-    let module = parse(text).map_err(|e| (code::INVALID_PTX, e.to_string()))?;
-    if module.version > PTX_VERSION {
-        let (major, minor) = module.version;
+fn fits(profile: Profile, version: (u32, u32), target: u32) -> Result<(), (Code, String)> {
+    if version > PTX_VERSION {
+        let (major, minor) = version;
         let message =
             format!("PTX {major}.{minor} is newer than this driver's {}.{}", PTX_VERSION.0, PTX_VERSION.1);
         return Err((code::UNSUPPORTED_PTX_VERSION, message));
     }
     let (major, minor) = profile.capability;
-    if module.target > major * 10 + minor {
-        let message = format!("the image is for sm_{}, the device is sm_{major}{minor}", module.target);
+    if target > major * 10 + minor {
+        let message = format!("the image is for sm_{target}, the device is sm_{major}{minor}");
         return Err((code::NO_BINARY_FOR_GPU, message));
     }
-    Ok(module)
+    Ok(())
+}
+
+/// An image that was decoded. Those that have no variables in device memory are the same wherever they are loaded.
+struct Decoded {
+    text: String,
+    version: (u32, u32),
+    target: u32,
+    kernels: Vec<Arc<Kernel>>,
+}
+
+/// The images decoded last, the latest first: a test loads the same few many times.
+static DECODED: Mutex<VecDeque<Arc<Decoded>>> = Mutex::new(VecDeque::new());
+/// How many are kept.
+const KEPT: usize = 32;
+
+fn decoded(text: &str) -> Option<Arc<Decoded>> {
+    let mut all = DECODED.lock().unwrap_or_else(PoisonError::into_inner);
+    let at = all.iter().position(|image| image.text == text)?;
+    let found = all.remove(at)?;
+    all.push_front(Arc::clone(&found));
+    Some(found)
+}
+
+fn keep(image: Decoded) {
+    let mut all = DECODED.lock().unwrap_or_else(PoisonError::into_inner);
+    all.push_front(Arc::new(image));
+    all.truncate(KEPT);
 }
 
 /// Places the variables of a module in device memory.
@@ -64,21 +90,33 @@ fn load_text(d: &mut Device, text: &str) -> Result<u64, (Code, String)> {
             *d.calls.entry(MUTATION).or_default() += 1;
         }
     }
-    let text = &text;
-    let parsed = parse_for(d.profile, text)?;
+    if let Some(image) = decoded(&text) {
+        fits(d.profile, image.version, image.target)?;
+        return Ok(add(d, &image.kernels, Vec::new()));
+    }
+    let parsed = parse(&text).map_err(|e| (code::INVALID_PTX, e.to_string()))?;
+    let (version, target) = (parsed.version, parsed.target);
+    fits(d.profile, version, target)?;
     let globals = place(d, &parsed)?;
     let addresses: HashMap<String, u64> = globals.iter().map(|g| (g.name.clone(), g.address)).collect();
-    let kernels = match crate::decode::decode(&parsed, &addresses) {
-        Ok(kernels) => kernels,
+    let kernels: Vec<Arc<Kernel>> = match crate::decode::decode(&parsed, &addresses) {
+        Ok(kernels) => kernels.into_iter().map(Arc::new).collect(),
         Err(error) => {
             release(d, &globals);
             return Err((code::INVALID_PTX, error.to_string()));
         }
     };
-    let kernels = kernels.into_iter().map(|k| (k.name.clone(), Arc::new(k))).collect();
+    if globals.is_empty() {
+        keep(Decoded { text: text.into_owned(), version, target, kernels: kernels.clone() });
+    }
+    Ok(add(d, &kernels, globals))
+}
+
+fn add(d: &mut Device, kernels: &[Arc<Kernel>], globals: Vec<GlobalVariable>) -> u64 {
+    let kernels = kernels.iter().map(|k| (k.name.clone(), Arc::clone(k))).collect();
     let id = d.fresh_id();
     d.modules.insert(id, Module { kernels, globals });
-    Ok(id)
+    id
 }
 
 /// Loads an image: PTX text, ended by a zero.
