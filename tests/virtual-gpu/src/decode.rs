@@ -56,6 +56,7 @@ struct Decoder<'a> {
     sources: Vec<(Arc<str>, u32)>,
     source_ids: HashMap<(u32, u32), u32>,
     synchronises: bool,
+    placed: bool,
 }
 
 /// Branches whose targets are block numbers until all blocks have their place.
@@ -85,6 +86,7 @@ impl<'a> Decoder<'a> {
             sources: Vec::new(),
             source_ids: HashMap::new(),
             synchronises: false,
+            placed: false,
         };
         for (name, &value) in globals {
             d.symbols.insert(name.clone(), Symbol { space: Space::Global, value });
@@ -117,6 +119,13 @@ impl<'a> Decoder<'a> {
         }
         self.symbols.extend(symbols);
         (self.shared_bytes, self.local_bytes) = (shared, local.next_multiple_of(16));
+    }
+
+    /// Looks a variable up; that of one in device memory binds the kernel to where it was placed.
+    fn symbol(&mut self, name: &str) -> Option<Symbol> {
+        let symbol = self.symbols.get(name).copied()?;
+        self.placed |= symbol.space == Space::Global;
+        Some(symbol)
     }
 
     fn new_slot(&mut self, wide: bool) -> u32 {
@@ -179,6 +188,7 @@ impl<'a> Decoder<'a> {
             required_threads: function.required_threads,
             sources: self.sources,
             synchronises: self.synchronises,
+            placed: self.placed,
         })
     }
 

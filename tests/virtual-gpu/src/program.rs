@@ -142,6 +142,8 @@ pub struct Kernel {
     pub sources: Vec<(Arc<str>, u32)>,
     /// Whether the kernel orders blocks with fences, so that their happens-before has to be tracked.
     pub synchronises: bool,
+    /// Whether its code holds addresses of the module's variables in device memory.
+    pub placed: bool,
 }
 
 /// Eight words, aligned for vector loads.

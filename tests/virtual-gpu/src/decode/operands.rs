@@ -112,7 +112,7 @@ impl Decoder<'_> {
                 Ok(self.constant(u64::from((f64::from_bits(*bits) as f32).to_bits()), false))
             }
             Operand::Special(name) => self.special(i, name, wide),
-            Operand::Symbol(name, offset) => match self.symbols.get(name).copied() {
+            Operand::Symbol(name, offset) => match self.symbol(name) {
                 Some(symbol) => Ok(self.constant(symbol.value.wrapping_add(*offset as u64), wide)),
                 // A parameter's address is where it begins among all of the kernel's.
                 None => match self.function.params.iter().find(|param| param.name == *name) {
@@ -207,7 +207,7 @@ impl Decoder<'_> {
             return self.error(i, "expected an address");
         };
         match base.as_ref() {
-            Operand::Symbol(name, inner) => match self.symbols.get(name).copied() {
+            Operand::Symbol(name, inner) => match self.symbol(name) {
                 Some(symbol) => {
                     let value = symbol.value.wrapping_add_signed(*inner);
                     Ok((self.constant(value, true), true, *offset, Some(symbol.space)))

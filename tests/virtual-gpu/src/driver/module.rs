@@ -32,11 +32,12 @@ fn fits(profile: Profile, version: (u32, u32), target: u32) -> Result<(), (Code,
     Ok(())
 }
 
-/// An image that was decoded. Those that have no variables in device memory are the same wherever they are loaded.
+/// An image that was decoded, and whose kernels do not depend on where its variables are placed.
 struct Decoded {
     text: String,
     version: (u32, u32),
     target: u32,
+    variables: Vec<ast::Variable>,
     kernels: Vec<Arc<Kernel>>,
 }
 
@@ -60,9 +61,9 @@ fn keep(image: Decoded) {
 }
 
 /// Places the variables of a module in device memory.
-fn place(d: &mut Device, module: &ast::Module) -> Result<Vec<GlobalVariable>, (Code, String)> {
+fn place(d: &mut Device, variables: &[ast::Variable]) -> Result<Vec<GlobalVariable>, (Code, String)> {
     let mut out = Vec::new();
-    for v in module.variables.iter().filter(|v| matches!(v.space, Space::Global | Space::Const)) {
+    for v in variables.iter().filter(|v| matches!(v.space, Space::Global | Space::Const)) {
         let size = v.size.max(1);
         let full = || (code::OUT_OF_MEMORY, format!("no memory for `{}`", v.name));
         let address = d.memory.allocate(size as u64, State::Live).ok_or_else(full)?;
@@ -92,12 +93,13 @@ fn load_text(d: &mut Device, text: &str) -> Result<u64, (Code, String)> {
     }
     if let Some(image) = decoded(&text) {
         fits(d.profile, image.version, image.target)?;
-        return Ok(add(d, &image.kernels, Vec::new()));
+        let globals = place(d, &image.variables)?;
+        return Ok(add(d, &image.kernels, globals));
     }
     let parsed = parse(&text).map_err(|e| (code::INVALID_PTX, e.to_string()))?;
     let (version, target) = (parsed.version, parsed.target);
     fits(d.profile, version, target)?;
-    let globals = place(d, &parsed)?;
+    let globals = place(d, &parsed.variables)?;
     let addresses: HashMap<String, u64> = globals.iter().map(|g| (g.name.clone(), g.address)).collect();
     let kernels: Vec<Arc<Kernel>> = match crate::decode::decode(&parsed, &addresses) {
         Ok(kernels) => kernels.into_iter().map(Arc::new).collect(),
@@ -106,8 +108,9 @@ fn load_text(d: &mut Device, text: &str) -> Result<u64, (Code, String)> {
             return Err((code::INVALID_PTX, error.to_string()));
         }
     };
-    if globals.is_empty() {
-        keep(Decoded { text: text.into_owned(), version, target, kernels: kernels.clone() });
+    if !kernels.iter().any(|kernel| kernel.placed) {
+        let (text, variables, kernels) = (text.into_owned(), parsed.variables, kernels.clone());
+        keep(Decoded { text, version, target, variables, kernels });
     }
     Ok(add(d, &kernels, globals))
 }

@@ -74,25 +74,18 @@ pub fn note_global(
         return;
     }
     let store = matches!(how, blocks::Use::Write | blocks::Use::StrongWrite);
-    let reader = m.block.order.reader(m.warp);
-    let (mut first_here, launch) = (0, m.shape.number);
-    for (sector, bytes) in sectors.iter() {
-        let allocation = one(m, site, sector * 32 + u64::from(bytes.trailing_zeros()));
-        if allocation.is_null() {
-            continue;
+    let first_here = if site.is_null() {
+        let mut first_here = 0;
+        for (sector, bytes) in sectors.iter() {
+            let allocation = one(m, site, sector * 32 + u64::from(bytes.trailing_zeros()));
+            if !allocation.is_null() {
+                first_here += note_sectors(m, i, allocation, [(sector, bytes)], request.mask, how);
+            }
         }
-        // SAFETY: allocations live as long as the launch, and nothing else refers to this one now.
-        let allocation = unsafe { &mut *allocation };
-        let index = (sector - (allocation.base >> 5)) as usize;
-        let state = &mut allocation.sectors()[index];
-        state.open(launch);
-        if options.traffic {
-            first_here += u64::from(state.touch(u32::from(store)));
-        }
-        if options.conflicts && !(how == blocks::Use::Read && state.reads(bytes, reader)) {
-            meet(m, i, allocation, (sector, bytes), request.mask, how);
-        }
-    }
+        first_here
+    } else {
+        note_sectors(m, i, site, sectors.iter(), request.mask, how)
+    };
     if !options.traffic {
         return;
     }
@@ -108,6 +101,36 @@ pub fn note_global(
         c.global_load_bytes += bytes;
         c.distinct_load_sectors += first_here;
     }
+}
+
+/// Notes the sectors of one allocation; how many of them are used in this way for the first time.
+#[inline(always)]
+fn note_sectors(
+    m: &mut Machine,
+    i: &Inst,
+    allocation: *mut Allocation,
+    sectors: impl IntoIterator<Item = (u64, u32)>,
+    mask: u32,
+    how: blocks::Use,
+) -> u64 {
+    let options = m.settings.options;
+    let kind = u32::from(matches!(how, blocks::Use::Write | blocks::Use::StrongWrite));
+    let (reader, launch) = (m.block.order.reader(m.warp), m.shape.number);
+    // SAFETY: allocations live as long as the launch, and nothing else refers to this one now.
+    let allocation = unsafe { &mut *allocation };
+    let base = allocation.base >> 5;
+    let mut first_here = 0;
+    for (sector, bytes) in sectors {
+        let state = &mut allocation.sectors()[(sector - base) as usize];
+        state.open(launch);
+        if options.traffic {
+            first_here += u64::from(state.touch(kind));
+        }
+        if options.conflicts && !(how == blocks::Use::Read && state.reads(bytes, reader)) {
+            meet(m, i, allocation, (sector, bytes), mask, how);
+        }
+    }
+    first_here
 }
 
 /// An access to a sector that more than one block uses, or that is written.
@@ -215,8 +238,12 @@ unsafe fn load_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
             Ok(site) => site,
             Err(flow) => return flow,
         };
-        let sectors = Sectors::of(&request);
-        if m.settings.options.uninitialised {
+        let options = m.settings.options;
+        let sectors = match options.uninitialised | options.traffic | options.conflicts {
+            true => Sectors::of(&request),
+            false => Sectors::default(),
+        };
+        if options.uninitialised {
             check_written(m, i, site, &request, &sectors);
         }
         if !site.is_null() {

@@ -8,50 +8,93 @@ pub struct Sectors {
     keys: [u64; 32],
     masks: [u32; 32],
     count: usize,
-    /// The highest.
-    top: u64,
+}
+
+impl Default for Sectors {
+    /// None.
+    #[inline(always)]
+    fn default() -> Self {
+        Sectors { keys: [0; 32], masks: [0; 32], count: 0 }
+    }
+}
+
+/// The bytes of an aligned access in its sector.
+#[inline(always)]
+fn bytes_of(address: u64, len: u32) -> u32 {
+    (((1u64 << len) - 1) as u32) << (address as u32 & 31)
 }
 
 impl Sectors {
     /// Those of a request of aligned accesses of at most 16 bytes: none of them crosses a sector.
     #[inline(always)]
     pub fn of(request: &Request) -> Self {
-        let mut sectors = Sectors { keys: [0; 32], masks: [0; 32], count: 0, top: 0 };
-        let first = request.first();
+        let mut sectors = Sectors::default();
+        let (first, len) = (request.first(), request.len);
         match request.pattern {
             Pattern::Run if first.is_multiple_of(32) => {
-                sectors.count = request.len as usize & 31;
+                sectors.count = len as usize & 31;
                 for n in 0..sectors.count {
                     (sectors.keys[n], sectors.masks[n]) = ((first >> 5) + n as u64, u32::MAX);
                 }
             }
-            Pattern::Same => sectors.add(first, request.len),
-            _ => lanes(request.mask).for_each(|lane| sectors.add(request.at[lane], request.len)),
+            Pattern::Same => {
+                sectors.count = 1;
+                (sectors.keys[0], sectors.masks[0]) = (first >> 5, bytes_of(first, len));
+            }
+            _ => {
+                if !sectors.apart(request) && !sectors.rising(request) {
+                    sectors.any(request);
+                }
+            }
         }
         sectors
     }
 
+    /// The sectors of a full warp of which each lane has one of its own, above that of the lane before; false if not.
     #[inline(always)]
-    fn add(&mut self, address: u64, len: u32) {
-        let sector = address >> 5;
-        let bytes = (((1u64 << len) - 1) as u32) << (address & 31);
-        // Most requests rise from lane to lane: a sector is the latest or a new one.
-        let new = self.count == 0 || sector > self.top;
-        let last = self.count.wrapping_sub(1) & 31;
-        let slot = if new {
-            None
-        } else if self.keys[last] == sector {
-            Some(last)
-        } else {
-            self.keys[..self.count].iter().position(|&key| key == sector)
-        };
-        if let Some(slot) = slot {
-            self.masks[slot] |= bytes;
-            return;
+    fn apart(&mut self, request: &Request) -> bool {
+        let mut apart = request.mask == u32::MAX;
+        for (lane, &address) in request.at.iter().enumerate() {
+            (self.keys[lane], self.masks[lane]) = (address >> 5, bytes_of(address, request.len));
         }
-        (self.keys[self.count & 31], self.masks[self.count & 31]) = (sector, bytes);
-        self.count += 1;
-        self.top = self.top.max(sector);
+        for lane in 1..32 {
+            apart &= self.keys[lane] > self.keys[lane - 1];
+        }
+        self.count = 32;
+        apart
+    }
+
+    /// The sectors of lanes whose addresses don't fall: each is that of the lane before, or new. False if one falls.
+    #[inline(always)]
+    fn rising(&mut self, request: &Request) -> bool {
+        let (mut count, mut last, mut rises) = (0, 0, true);
+        for lane in lanes(request.mask) {
+            let sector = request.at[lane] >> 5;
+            let new = (count == 0) | (sector != last);
+            rises &= sector >= last;
+            count += usize::from(new);
+            let (at, bytes) = (count - 1 & 31, bytes_of(request.at[lane], request.len));
+            self.masks[at] = if new { bytes } else { self.masks[at] | bytes };
+            self.keys[at] = sector;
+            last = sector;
+        }
+        self.count = count;
+        rises
+    }
+
+    #[inline(never)]
+    fn any(&mut self, request: &Request) {
+        self.count = 0;
+        for lane in lanes(request.mask) {
+            let (sector, bytes) = (request.at[lane] >> 5, bytes_of(request.at[lane], request.len));
+            match self.keys[..self.count].iter().position(|&key| key == sector) {
+                Some(slot) => self.masks[slot] |= bytes,
+                None => {
+                    (self.keys[self.count], self.masks[self.count]) = (sector, bytes);
+                    self.count += 1;
+                }
+            }
+        }
     }
 
     /// How many there are.
