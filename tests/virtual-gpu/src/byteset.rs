@@ -49,13 +49,17 @@ impl ByteSet {
     /// Adds a range.
     #[inline(always)]
     pub fn insert(&mut self, offset: usize, len: usize) {
-        pieces(offset, len).for_each(|(word, bits)| self.words[word] |= bits);
+        for (word, bits) in pieces(offset, len) {
+            self.words[word] |= bits;
+        }
     }
 
     /// Takes a range out.
     #[inline(always)]
     pub fn remove(&mut self, offset: usize, len: usize) {
-        pieces(offset, len).for_each(|(word, bits)| self.words[word] &= !bits);
+        for (word, bits) in pieces(offset, len) {
+            self.words[word] &= !bits;
+        }
     }
 
     /// Takes all out.

@@ -310,9 +310,9 @@ unsafe fn store_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
             values::store(m, access, &request, (*site).data().wrapping_sub((*site).base as usize));
             let first = (*site).base >> 5;
             if let Some(written) = (*site).written() {
-                sectors
-                    .iter()
-                    .for_each(|(sector, bytes)| written.insert_word((sector - first) as usize, bytes));
+                for (sector, bytes) in sectors.iter() {
+                    written.insert_word((sector - first) as usize, bytes);
+                }
             }
         } else {
             let data = pointers(m, &request);

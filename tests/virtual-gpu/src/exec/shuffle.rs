@@ -109,7 +109,9 @@ unsafe fn shuffle_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
                     *dst.add(lane) = value[from as usize & 31];
                 }
             } else {
-                lanes(mask).for_each(|lane| *dst.add(lane) = value[from[lane] as usize & 31]);
+                for lane in lanes(mask) {
+                    *dst.add(lane) = value[from[lane] as usize & 31];
+                }
             }
         }
         let predicate = (i.imm >> 8) as u32;

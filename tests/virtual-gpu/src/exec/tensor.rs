@@ -348,7 +348,9 @@ unsafe fn load_matrix_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
             Ok(request) => request,
             Err(flow) => return flow,
         };
-        note_read(m, i, &request);
+        if request.mask != 0 {
+            note_read(m, i, &request);
+        }
         for (matrix, &dst) in list.iter().enumerate() {
             let row = |g: usize| -> [u8; 16] {
                 let at = request.at[matrix * 8 + g] as usize;

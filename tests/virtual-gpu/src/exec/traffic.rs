@@ -122,13 +122,19 @@ impl Sectors {
 pub fn waves(request: &Request) -> (u64, u64) {
     let (mask, len) = (request.mask, request.len);
     let lanes = if len <= 4 { 32 } else { 128 / len };
-    let parts = (0..32).step_by(lanes as usize).map(|first| mask & (u32::MAX >> (32 - lanes)) << first);
-    let ideal = parts.clone().filter(|&part| part != 0).count() as u64;
     // A run that begins at a word, or one address for all, uses no bank for two things.
-    if request.pattern == Pattern::Same || request.pattern == Pattern::Run && request.first() & 3 == 0 {
-        return (ideal, ideal);
+    let smooth =
+        request.pattern == Pattern::Same || request.pattern == Pattern::Run && request.first() & 3 == 0;
+    let (mut total, mut ideal, mut first) = (0, 0, 0);
+    while first < 32 {
+        let part = mask & (u32::MAX >> (32 - lanes)) << first;
+        if part != 0 {
+            total += if smooth { 1 } else { part_waves(&request.at, part, len) };
+            ideal += 1;
+        }
+        first += lanes;
     }
-    (parts.map(|part| part_waves(&request.at, part, len)).sum(), ideal)
+    (total, ideal)
 }
 
 /// Passes of one part of a request, of aligned accesses: each pass serves one word of each bank, to all lanes that

@@ -30,7 +30,9 @@ pub unsafe fn splat<T: Copy>(slot: *mut T, mask: u32, value: T) {
         if mask == u32::MAX {
             slot.cast::<[T; 32]>().write([value; 32]);
         } else {
-            lanes(mask).for_each(|lane| slot.add(lane).write(value));
+            for lane in lanes(mask) {
+                slot.add(lane).write(value);
+            }
         }
     }
 }

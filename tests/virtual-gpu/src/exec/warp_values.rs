@@ -145,7 +145,9 @@ unsafe fn parameter_at_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
         if request.pattern == Pattern::Same {
             read_parameter(m, access, request.first() as usize, mask);
         } else {
-            lanes(mask).for_each(|lane| read_parameter(m, access, at[lane] as usize, 1 << lane));
+            for lane in lanes(mask) {
+                read_parameter(m, access, at[lane] as usize, 1 << lane);
+            }
         }
     }
     Flow::Next

@@ -189,12 +189,12 @@ pub unsafe fn store(m: &mut Machine, i: &Inst, access: &Access, space: Space, re
             let origin = m.block.shared.as_mut_ptr();
             // SAFETY: the range of each lane was checked.
             unsafe { values::store(m, access, request, origin) };
-            match request.pattern {
-                Pattern::Run => {
-                    m.block.shared_written.insert(request.first() as usize, 32 * len);
+            if request.pattern == Pattern::Run {
+                m.block.shared_written.insert(request.first() as usize, 32 * len);
+            } else {
+                for lane in lanes(request.mask) {
+                    m.block.shared_written.insert(request.at[lane] as usize, len);
                 }
-                _ => lanes(request.mask)
-                    .for_each(|lane| m.block.shared_written.insert(request.at[lane] as usize, len)),
             }
         } else {
             for lane in lanes(request.mask) {
@@ -211,7 +211,9 @@ pub unsafe fn store(m: &mut Machine, i: &Inst, access: &Access, space: Space, re
     let origin = m.block.local.as_mut_ptr();
     // SAFETY: the range of each lane was checked.
     unsafe { values::store_each(m, access, request.mask, |lane| origin.wrapping_add(place(lane))) };
-    lanes(request.mask).for_each(|lane| m.block.local_written.insert(place(lane), len));
+    for lane in lanes(request.mask) {
+        m.block.local_written.insert(place(lane), len);
+    }
     m.counters.local_requests += 1;
     Flow::Next
 }

@@ -3,7 +3,8 @@
 //! fence) on one address, with block barriers carrying the order to other warps. Atomics do not conflict among
 //! themselves.
 //!
-//! A sector is tracked as one as long as every access to it covers the same bytes, byte by byte afterwards.
+//! A sector is tracked as one as long as every access to it covers the same bytes, by groups of bytes with one
+//! history afterwards.
 
 use crate::zeroed::Zero;
 use std::collections::HashMap;
@@ -104,17 +105,25 @@ pub struct History {
     launch: u32,
     mask: u32,
     cell: Cell,
-    /// Index plus one in [`Conflicts::split`].
-    split: u32,
+    /// The first of its parts: an index plus one in [`Conflicts::parts`], once its bytes have different histories.
+    parts: u32,
 }
 
 // SAFETY: numbers, and a bool, of which zero is false.
 unsafe impl Zero for History {}
 
-/// Byte-wise histories of one launch.
+/// Bytes of a sector that have one history.
+struct Part {
+    mask: u32,
+    cell: Cell,
+    /// The next part of the sector, an index plus one.
+    next: u32,
+}
+
+/// The histories of one launch that are finer than sectors, and what was released.
 #[derive(Default)]
 pub struct Conflicts {
-    split: Vec<[Cell; 32]>,
+    parts: Vec<Part>,
     order: HashMap<u64, View>,
 }
 
@@ -255,7 +264,7 @@ impl Conflicts {
             *history = if sector.block == 0 {
                 History { launch, mask, ..History::default() }
             } else {
-                History { launch, mask: sector.bytes, cell, split: 0 }
+                History { launch, mask: sector.bytes, cell, parts: 0 }
             };
         }
         if how == Use::Read {
@@ -271,34 +280,59 @@ impl Conflicts {
         } else {
             sector.block = WRITTEN;
         }
-        if history.split == 0 && history.mask == mask {
+        if history.parts == 0 && history.mask == mask {
             return history.cell.access(order, warp, how);
         }
-        self.by_byte(history, mask, order, warp, how)
+        self.by_part(history, mask, order, warp, how)
     }
 
+    /// An access to a sector whose bytes have different histories, or get them now: each part of them is either
+    /// accessed as a whole or not at all, so that a part that the access cuts becomes two.
     #[inline(never)]
-    fn by_byte(
+    fn by_part(
         &mut self,
-        state: &mut History,
+        history: &mut History,
         mask: u32,
         order: &BlockOrder,
         warp: usize,
         how: Use,
     ) -> Option<u32> {
-        if state.split == 0 {
-            let cell = |byte: usize| if state.mask >> byte & 1 == 1 { state.cell } else { Cell::default() };
-            self.split.push(std::array::from_fn(cell));
-            state.split = self.split.len() as u32;
+        if history.parts == 0 {
+            self.parts.push(Part { mask: history.mask, cell: history.cell, next: 0 });
+            history.parts = self.parts.len() as u32;
         }
-        let cells = &mut self.split[state.split as usize - 1];
-        let mut found = None;
-        let mut left = mask;
-        while left != 0 {
-            found = found.or(cells[left.trailing_zeros() as usize].access(order, warp, how));
-            left &= left - 1;
+        // The conflict of the lowest byte that has one.
+        let mut found: Option<(u32, u32)> = None;
+        let mut note = |bytes: u32, conflict: Option<u32>| {
+            let byte = bytes.trailing_zeros();
+            if let Some(other) = conflict.filter(|_| found.is_none_or(|(lowest, _)| byte < lowest)) {
+                found = Some((byte, other));
+            }
+        };
+        let (mut left, mut at) = (mask, history.parts);
+        while at != 0 && left != 0 {
+            let new = self.parts.len() as u32 + 1;
+            let part = &mut self.parts[at as usize - 1];
+            let (common, rest) = (part.mask & left, part.mask & !left);
+            at = part.next;
+            if common == 0 {
+                continue;
+            }
+            let before = part.cell;
+            note(common, part.cell.access(order, warp, how));
+            left &= !common;
+            if rest != 0 {
+                (part.mask, part.next) = (common, new);
+                self.parts.push(Part { mask: rest, cell: before, next: at });
+            }
         }
-        found
+        if left != 0 {
+            let mut cell = Cell::default();
+            note(left, cell.access(order, warp, how));
+            self.parts.push(Part { mask: left, cell, next: history.parts });
+            history.parts = self.parts.len() as u32;
+        }
+        found.map(|(_, other)| other)
     }
 }
 

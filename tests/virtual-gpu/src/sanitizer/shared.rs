@@ -61,11 +61,19 @@ impl Stamp {
         (self.who() < WARP).then_some(self.who() as u32)
     }
 
-    /// Whether it is certainly ordered before an access at `now`: of an earlier phase, or by the same thread.
+    /// Whether it is of another phase, or by the same thread: nothing that a later access has to keep.
     #[inline(always)]
     fn settled(self, now: Stamp) -> bool {
         !self.meets(now) | ((self.0 ^ now.0) & WHO == 0)
     }
+}
+
+/// Whether an access is ordered before one at `now`: it is of an earlier phase, by the same thread, or by the same
+/// warp and before its latest barrier.
+#[inline(always)]
+fn ordered(before: Stamp, now: Stamp) -> bool {
+    let earlier = (before.0 ^ now.0) & BARRIERS != 0;
+    before.settled(now) | ((before.warp() == now.warp()) & earlier)
 }
 
 /// What an access met.
@@ -140,8 +148,8 @@ impl SharedHistory {
     /// noted: each lane must go through [`SharedHistory::access`]. `now` is the stamp of lane 0.
     ///
     /// What it notes is what `access` would. An access is plain if the word's last write (for a write also its last
-    /// reads) is of an earlier phase or by the same thread, which `access` finds no race with; and no lane of the
-    /// warp changes what another finds, since those that write have words of their own.
+    /// reads) is ordered before it, which is when `access` finds no race; and no lane of the warp changes what
+    /// another finds: reads leave the writes alone, and lanes that write have words of their own.
     #[inline(always)]
     pub fn plain(&mut self, request: &Request, now: Stamp, how: Use) -> bool {
         let (first, len) = (request.first() as usize, request.len as usize);
@@ -162,13 +170,17 @@ impl SharedHistory {
                 if rest == 0 {
                     return self.words.plain(first / 4, count, now.lane(one as usize), how);
                 }
-                // Two lanes that read make several readers of this warp, and more change nothing.
-                let (now, other) = (now.lane(one as usize), now.lane(rest.trailing_zeros() as usize));
                 let words = first / 4..first / 4 + count;
-                if how != Use::Read || self.words.writes[words.clone()].iter().any(|w| w.meets(now)) {
+                let plain =
+                    |&w: &Stamp| !w.meets(now) || lanes(request.mask).all(|lane| ordered(w, now.lane(lane)));
+                if how != Use::Read || !self.words.writes[words.clone()].iter().all(plain) {
                     return false;
                 }
-                self.words.reads[words].iter_mut().for_each(|r| *r = merge(merge(*r, now), other));
+                // Two lanes that read make several readers of this warp, and more change nothing.
+                let (now, other) = (now.lane(one as usize), now.lane(rest.trailing_zeros() as usize));
+                for read in &mut self.words.reads[words] {
+                    *read = merge(merge(*read, now), other);
+                }
                 true
             }
             Pattern::Other if how == Use::Read || request.rises() => {
@@ -180,7 +192,9 @@ impl SharedHistory {
                 if !lanes(request.mask).all(all) {
                     return false;
                 }
-                lanes(request.mask).for_each(|lane| self.words.note(word(lane), count, now.lane(lane), how));
+                for lane in lanes(request.mask) {
+                    self.words.note(word(lane), count, now.lane(lane), how);
+                }
                 true
             }
             _ => false,
@@ -234,14 +248,16 @@ impl Cells {
     /// [`SharedHistory::plain`] for `count` words from `n` of one thread; it notes nothing.
     #[inline(always)]
     fn is_plain(&self, n: usize, count: usize, now: Stamp, how: Use) -> bool {
-        self.writes[n..n + count].iter().all(|w| w.settled(now))
-            && (how == Use::Read || self.reads[n..n + count].iter().all(|r| r.settled(now)))
+        self.writes[n..n + count].iter().all(|&w| ordered(w, now))
+            && (how == Use::Read || self.reads[n..n + count].iter().all(|&r| ordered(r, now)))
     }
 
     #[inline(always)]
     fn note(&mut self, n: usize, count: usize, now: Stamp, how: Use) {
         if how == Use::Read {
-            self.reads[n..n + count].iter_mut().for_each(|r| *r = merge(*r, now));
+            for read in &mut self.reads[n..n + count] {
+                *read = merge(*read, now);
+            }
         } else {
             self.writes[n..n + count].fill(now);
         }
@@ -263,19 +279,23 @@ impl Cells {
         let reads = &mut self.reads[n..n + 32 * COUNT];
         let mut plain = true;
         for (k, write) in writes.iter().enumerate() {
-            plain &= write.settled(now.lane(k / COUNT));
+            plain &= ordered(*write, now.lane(k / COUNT));
         }
         if how == Use::Read {
             if plain {
-                reads.iter_mut().enumerate().for_each(|(k, read)| *read = merge(*read, now.lane(k / COUNT)));
+                for (k, read) in reads.iter_mut().enumerate() {
+                    *read = merge(*read, now.lane(k / COUNT));
+                }
             }
             return plain;
         }
         for (k, read) in reads.iter().enumerate() {
-            plain &= read.settled(now.lane(k / COUNT));
+            plain &= ordered(*read, now.lane(k / COUNT));
         }
         if plain {
-            writes.iter_mut().enumerate().for_each(|(k, write)| *write = now.lane(k / COUNT));
+            for (k, write) in writes.iter_mut().enumerate() {
+                *write = now.lane(k / COUNT);
+            }
         }
         plain
     }
@@ -284,7 +304,7 @@ impl Cells {
     fn access(&mut self, n: usize, now: Stamp, how: Use) -> Option<Race> {
         let (write, read) = (self.writes[n], self.reads[n]);
         let both_atomic = how == Use::Atomic && write.0 & ATOMIC != 0;
-        let after_write = !both_atomic && write.meets(now) && unordered(write, now);
+        let after_write = !both_atomic && !ordered(write, now);
         let mut race = None;
         if how == Use::Read {
             if after_write {
@@ -295,19 +315,12 @@ impl Cells {
         }
         if after_write {
             race = Some(Race::WriteAfterWrite(write.who() as u32));
-        } else if read.meets(now) && unordered(read, now) {
+        } else if !ordered(read, now) {
             race = Some(Race::WriteAfterRead(read.thread()));
         }
         self.writes[n] = if how == Use::Atomic { Stamp(now.0 | ATOMIC) } else { now };
         race
     }
-}
-
-/// Whether an access of the same block phase is not ordered before `now`.
-#[inline(always)]
-fn unordered(before: Stamp, now: Stamp) -> bool {
-    let same_warp_phase = (before.0 ^ now.0) & BARRIERS == 0;
-    before.who() != now.who() && (before.warp() != now.warp() || same_warp_phase)
 }
 
 /// Both readers in one stamp: the later phase wins, several threads become "many".
