@@ -292,7 +292,7 @@ impl Decoder<'_> {
         let slots = [from_offset as u32, (from_offset >> 32) as u32, 0, 0];
         let (space, order) = (Space::Global, Order::Weak);
         let access = Access { space, bytes: len as u32, count: 1, signed: false, slots, wide: false, order };
-        let mut inst = self.start(i, copy::copy, Class::Memory)?;
+        let mut inst = self.start(i, copy::copy(), Class::Memory)?;
         (inst.a, inst.dst, inst.b, inst.c) = (to, u32::from(to_wide), from, size);
         (inst.imm, inst.ext) = (to_offset << 8 | len as i64, self.access(access));
         self.push(inst);

@@ -183,23 +183,24 @@ fn exchange(m: &mut Machine, request: &Request, order: Order, reads: bool, write
     }
 }
 
-/// Reports the first lane of a request that reads what was never written.
+/// Whether all bytes were written that a request to one allocation uses.
+#[inline(always)]
+pub fn written(site: *mut Allocation, sectors: &Sectors) -> bool {
+    // SAFETY: allocations live as long as the launch.
+    let allocation = unsafe { &mut *site };
+    let first = allocation.base >> 5;
+    let Some(written) = allocation.written() else { return true };
+    let missing = |(sector, bytes): (u64, u32)| bytes & !written.word((sector - first) as usize);
+    sectors.iter().fold(0, |all, sector| all | missing(sector)) == 0
+}
+
+/// Reports the first lane of a request that reads what was never written: a lane does exactly if a sector has
+/// unwritten bytes among those that the request uses.
 #[inline(always)]
 fn check_written(m: &mut Machine, i: &Inst, site: *mut Allocation, request: &Request, sectors: &Sectors) {
-    if !site.is_null() {
-        // SAFETY: allocations live as long as the launch.
-        let allocation = unsafe { &mut *site };
-        let first = allocation.base >> 5;
-        let Some(written) = allocation.written() else { return };
-        // A lane has unwritten bytes exactly if a sector has some among those that the request uses.
-        let missing = sectors
-            .iter()
-            .fold(0, |missing, (sector, bytes)| missing | bytes & !written.word((sector - first) as usize));
-        if missing == 0 {
-            return;
-        }
+    if site.is_null() || !written(site, sectors) {
+        report_unwritten(m, i, site, request);
     }
-    report_unwritten(m, i, site, request);
 }
 
 #[cold]

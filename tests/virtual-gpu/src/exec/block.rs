@@ -26,19 +26,19 @@ pub enum Status {
     Done,
 }
 
-/// A copy of cp.async that has not landed.
-#[derive(Debug, Clone, Copy)]
+/// A cp.async of a warp that has not landed for all of its lanes.
+#[derive(Debug, Clone)]
 pub struct Pending {
-    /// Lane that asked for it.
-    pub lane: u32,
-    /// Its group, by the lane's count of groups.
-    pub group: u32,
-    /// Offset in shared memory.
-    pub offset: u32,
-    /// Bytes.
+    /// Lanes for which it has not.
+    pub mask: u32,
+    /// Its group for each lane, by the lane's count of groups.
+    pub groups: [u32; 32],
+    /// Offsets in shared memory.
+    pub offsets: [u32; 32],
+    /// Bytes of a lane.
     pub len: u32,
     /// The data, read when it was asked for.
-    pub data: [u8; 16],
+    pub data: [[u8; 16]; 32],
 }
 
 /// A warp that does not run at the moment.

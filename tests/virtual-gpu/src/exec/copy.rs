@@ -1,25 +1,28 @@
 //! cp.async: copies from device to shared memory that land when their group is waited for.
 
-use super::access::{locate, note_global};
-use super::address::{Request, addresses, lanes};
+use super::access::{locate, note_global, written};
+use super::address::{Addresses, Request, addresses, lanes};
 use super::block::Pending;
+use super::lanes::handler;
 use super::traffic::Sectors;
 use super::window::{check, count_shared, report_race, stamp};
 use super::{Fault, Machine};
-use crate::memory::SHARED_WINDOW;
+use crate::memory::{Allocation, SHARED_WINDOW};
 use crate::program::{Flow, Inst};
 use crate::ptx::ast::Space;
 use crate::sanitizer::Kind;
 use crate::sanitizer::blocks;
 use crate::sanitizer::shared::{Race, Stamp, Use};
 
-/// `cp.async`: `a` the shared address (64-bit if `dst` is 1), `b` the source address, `c` the slot of the source
-/// size or SINK, `imm` bytes to copy in the low byte, offset of the destination above; the access holds the
-/// offset of the source in `slots[0..2]`.
-///
-/// # Safety
-/// See [`crate::program::Handler`]; so for all handlers here.
-pub unsafe fn copy(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+handler! {
+    /// `cp.async`: `a` the shared address (64-bit if `dst` is 1), `b` the source address, `c` the slot of the source
+    /// size or SINK, `imm` bytes to copy in the low byte, offset of the destination above; the access holds the
+    /// offset of the source in `slots[0..2]`.
+    copy = copy_body
+}
+
+#[inline(always)]
+unsafe fn copy_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     let len = (i.imm & 0xff) as u32;
     let access = &m.kernel.accesses[i.ext as usize];
     let source_offset = (u64::from(access.slots[1]) << 32 | u64::from(access.slots[0])) as i64;
@@ -41,37 +44,75 @@ pub unsafe fn copy(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
         }
         let mut site = std::ptr::null_mut();
         let source = Request::new(from, reading, len);
+        let mut sectors = Sectors::default();
         if reading != 0 {
             match locate(m, i, &source, "cp.async") {
                 Ok(found) => site = found,
                 Err(flow) => return flow,
             }
+            sectors = Sectors::of(&source);
+        }
+        let mut pending = Pending {
+            mask,
+            groups: m.block.warps[m.warp].groups,
+            offsets: to.map(|address| address as u32),
+            len,
+            data: [[0; 16]; 32],
+        };
+        // In one go where nothing can be wrong, else by lane.
+        let plain = reading == mask
+            && !site.is_null()
+            && (!m.settings.options.uninitialised || written(site, &sectors))
+            && (!m.settings.options.races || m.history.plain(&target, stamp(m, 0), Use::Write));
+        if plain {
+            let origin = (*site).data().wrapping_sub((*site).base as usize).cast_const();
+            for lane in lanes(mask) {
+                let (from, to) = (origin.wrapping_add(from[lane] as usize), &mut pending.data[lane]);
+                match len {
+                    16 => *to = from.cast::<[u8; 16]>().read(),
+                    _ => std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), len as usize),
+                }
+            }
+            m.counters.async_copy_bytes += u64::from(len * mask.count_ones());
+        } else if let Err(flow) = read_each(m, i, site, (&from, &sizes), &mut pending) {
+            return flow;
         }
         for lane in lanes(mask) {
-            let size = sizes[lane].min(len) as usize;
-            let mut data = [0u8; 16];
-            let site = if size == len as usize { site } else { std::ptr::null_mut() };
-            if size != 0 && !read_source(m, i, site, lane, from[lane], &mut data[..size]) {
-                let place = m.memory().describe(from[lane]);
-                let text = format!("cp.async of {size} bytes at {:#x}, {place}", from[lane]);
-                return m.fail(Kind::OutOfBounds, Fault::IllegalAddress, i, lane as u32, text);
-            }
-            let offset = to[lane] as usize;
-            m.block.in_flight.insert(offset, len as usize);
-            m.block.in_flight_count += 1;
-            let warp = m.warp;
-            let warp = &mut m.block.warps[warp];
-            let group = warp.groups[lane];
-            warp.copies.push(Pending { lane: lane as u32, group, offset: offset as u32, len, data });
-            note_destination(m, i, lane, offset, len as usize);
-            m.counters.async_copy_bytes += u64::from(len);
+            m.block.in_flight.insert(to[lane] as usize, len as usize);
         }
+        m.block.in_flight_count += 1;
+        let warp = m.warp;
+        m.block.warps[warp].copies.push(pending);
         if reading != 0 {
-            note_global(m, i, site, (&source, &Sectors::of(&source)), blocks::Use::Read);
+            note_global(m, i, site, (&source, &sectors), blocks::Use::Read);
         }
         count_shared(m, &target);
     }
     Flow::Next
+}
+
+/// Reads what a copy copies, lane by lane, with all checks.
+#[inline(never)]
+fn read_each(
+    m: &mut Machine,
+    i: &Inst,
+    site: *mut Allocation,
+    (from, sizes): (&Addresses, &[u32; 32]),
+    pending: &mut Pending,
+) -> Result<(), Flow> {
+    let len = pending.len;
+    for lane in lanes(pending.mask) {
+        let size = sizes[lane].min(len) as usize;
+        let site = if size == len as usize { site } else { std::ptr::null_mut() };
+        if size != 0 && !read_source(m, i, site, lane, from[lane], &mut pending.data[lane][..size]) {
+            let place = m.memory().describe(from[lane]);
+            let text = format!("cp.async of {size} bytes at {:#x}, {place}", from[lane]);
+            return Err(m.fail(Kind::OutOfBounds, Fault::IllegalAddress, i, lane as u32, text));
+        }
+        note_destination(m, i, lane, pending.offsets[lane] as usize, len as usize);
+        m.counters.async_copy_bytes += u64::from(len);
+    }
+    Ok(())
 }
 
 /// The destination counts as written from now on: whoever read it in this phase has a race.
@@ -91,7 +132,7 @@ fn note_destination(m: &mut Machine, i: &Inst, lane: usize, offset: usize, len: 
 fn read_source(
     m: &mut Machine,
     i: &Inst,
-    site: *mut crate::memory::Allocation,
+    site: *mut Allocation,
     lane: usize,
     address: u64,
     out: &mut [u8],
@@ -132,25 +173,26 @@ pub unsafe fn wait(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
 /// Lets the copies of `warp` land, all but the `keep` latest closed groups of each lane in `mask`.
 pub fn land(m: &mut Machine, warp: usize, mask: u32, keep: u32, all: bool) {
     let groups = m.block.warps[warp].groups;
-    let copies = std::mem::take(&mut m.block.warps[warp].copies);
-    let mut left = Vec::new();
-    for copy in copies {
-        let closed = copy.group + keep < groups[copy.lane as usize];
-        if mask >> copy.lane & 1 == 0 || !(all || closed) {
-            left.push(copy);
-            continue;
+    let mut copies = std::mem::take(&mut m.block.warps[warp].copies);
+    copies.retain_mut(|copy| {
+        let closed = |lane: usize| copy.groups[lane] + keep < groups[lane];
+        let landing = lanes(copy.mask & mask).filter(|&l| all || closed(l)).fold(0, |all, l| all | 1u32 << l);
+        let len = copy.len as usize;
+        for lane in lanes(landing) {
+            let at = copy.offsets[lane] as usize;
+            m.block.shared[at..at + len].copy_from_slice(&copy.data[lane][..len]);
+            m.block.shared_written.insert(at, len);
+            m.block.in_flight.remove(at, len);
+            if m.settings.options.races {
+                let warp_phase = m.block.warps[warp].warp_phase;
+                let now = Stamp::new(m.block.phase, warp_phase, (warp * 32 + lane) as u32);
+                // A race with the copy was found when it was asked for; this moves its time to now.
+                m.history.access(at, len, now, Use::Write);
+            }
         }
-        let range = copy.offset as usize..(copy.offset + copy.len) as usize;
-        m.block.shared[range.clone()].copy_from_slice(&copy.data[..copy.len as usize]);
-        m.block.shared_written.insert(range.start, range.len());
-        m.block.in_flight.remove(range.start, range.len());
-        m.block.in_flight_count -= 1;
-        if m.settings.options.races {
-            let warp_phase = m.block.warps[warp].warp_phase;
-            let stamp = Stamp::new(m.block.phase, warp_phase, warp as u32 * 32 + copy.lane);
-            // A race with the copy was found when it was asked for; this moves its time to now.
-            m.history.access(copy.offset as usize, copy.len as usize, stamp, Use::Write);
-        }
-    }
-    m.block.warps[warp].copies = left;
+        copy.mask &= !landing;
+        m.block.in_flight_count -= usize::from(copy.mask == 0);
+        copy.mask != 0
+    });
+    m.block.warps[warp].copies = copies;
 }

@@ -115,21 +115,34 @@ fn note_each_read(m: &mut Machine, i: &Inst, request: &Request) {
     }
 }
 
-/// Writes shared memory for `lane`, with all checks but bounds.
-pub fn write_shared(m: &mut Machine, i: &Inst, lane: usize, offset: usize, bytes: &[u8]) {
-    let end = offset + bytes.len();
-    if m.settings.options.races {
-        let stamp = stamp(m, lane);
-        if let Some(race) = m.history.access(offset, bytes.len(), stamp, shared::Use::Write) {
-            // Threads that write the same value agree on the result.
-            let harmless = matches!(race, Race::WriteAfterWrite(_)) && m.block.shared[offset..end] == *bytes;
-            if !harmless {
-                report_race(m, i, lane, offset as u64, race);
-            }
+/// All checks of a write to shared memory by `lane` but its bounds; `bytes` are what it will write.
+#[inline(always)]
+fn note_write(
+    m: &mut Machine,
+    i: &Inst,
+    lane: usize,
+    offset: usize,
+    len: usize,
+    bytes: impl Fn(&Machine) -> [u8; 16],
+) {
+    m.block.shared_written.insert(offset, len);
+    if !m.settings.options.races {
+        return;
+    }
+    let stamp = stamp(m, lane);
+    if let Some(race) = m.history.access(offset, len, stamp, shared::Use::Write) {
+        // Threads that write the same value agree on the result.
+        let same = m.block.shared[offset..offset + len] == bytes(m)[..len];
+        if !(same && matches!(race, Race::WriteAfterWrite(_))) {
+            report_race(m, i, lane, offset as u64, race);
         }
     }
-    m.block.shared[offset..end].copy_from_slice(bytes);
-    m.block.shared_written.insert(offset, bytes.len());
+}
+
+/// Writes shared memory for `lane`, with all checks but bounds.
+pub fn write_shared(m: &mut Machine, i: &Inst, lane: usize, offset: usize, bytes: &[u8; 16]) {
+    note_write(m, i, lane, offset, 16, |_| *bytes);
+    m.block.shared[offset..offset + 16].copy_from_slice(bytes);
 }
 
 /// Where lane 0 of the running warp has its local memory, and how far the next lane's is.
@@ -197,10 +210,14 @@ pub unsafe fn store(m: &mut Machine, i: &Inst, access: &Access, space: Space, re
                 }
             }
         } else {
+            let origin = m.block.shared.as_mut_ptr();
             for lane in lanes(request.mask) {
-                // SAFETY: the access is the running kernel's.
-                let bytes = unsafe { values::pack(m, access, lane) };
-                write_shared(m, i, lane, request.at[lane] as usize, &bytes[..len]);
+                let offset = request.at[lane] as usize;
+                // SAFETY: the access is the running kernel's, and the range was checked.
+                unsafe {
+                    note_write(m, i, lane, offset, len, |m| values::pack(m, access, lane));
+                    values::store_each(m, access, 1 << lane, |_| origin.wrapping_add(offset));
+                }
             }
         }
         count_shared(m, request);

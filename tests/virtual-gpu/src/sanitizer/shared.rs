@@ -183,7 +183,7 @@ impl SharedHistory {
                 }
                 true
             }
-            Pattern::Other if how == Use::Read || request.rises() => {
+            Pattern::Other if how == Use::Read || request.apart() => {
                 let word = |lane: usize| request.at[lane] as usize / 4;
                 let all = |lane: usize| {
                     !self.splits(word(lane) * 4, len)
@@ -277,10 +277,15 @@ impl Cells {
     fn plain_run<const COUNT: usize>(&mut self, n: usize, now: Stamp, how: Use) -> bool {
         let writes = &mut self.writes[n..n + 32 * COUNT];
         let reads = &mut self.reads[n..n + 32 * COUNT];
-        let mut plain = true;
-        for (k, write) in writes.iter().enumerate() {
-            plain &= ordered(*write, now.lane(k / COUNT));
-        }
+        let plain_of = |stamps: &[Stamp]| {
+            // Most are settled, which costs less to ask.
+            let mut settled = true;
+            for (k, stamp) in stamps.iter().enumerate() {
+                settled &= stamp.settled(now.lane(k / COUNT));
+            }
+            settled || stamps.iter().enumerate().all(|(k, &stamp)| ordered(stamp, now.lane(k / COUNT)))
+        };
+        let plain = plain_of(writes);
         if how == Use::Read {
             if plain {
                 for (k, read) in reads.iter_mut().enumerate() {
@@ -289,9 +294,7 @@ impl Cells {
             }
             return plain;
         }
-        for (k, read) in reads.iter().enumerate() {
-            plain &= ordered(*read, now.lane(k / COUNT));
-        }
+        let plain = plain && plain_of(reads);
         if plain {
             for (k, write) in writes.iter_mut().enumerate() {
                 *write = now.lane(k / COUNT);
