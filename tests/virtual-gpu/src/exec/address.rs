@@ -21,6 +21,17 @@ pub fn lanes(mask: u32) -> impl Iterator<Item = usize> {
     })
 }
 
+/// Whether `f` holds for all lanes of a mask. It is a loop, and so is compiled with its caller.
+#[inline(always)]
+pub fn every(mask: u32, f: impl Fn(usize) -> bool) -> bool {
+    for lane in lanes(mask) {
+        if !f(lane) {
+            return false;
+        }
+    }
+    true
+}
+
 /// Base plus offset for each lane; `ext2` of the access tells whether the base is 64-bit.
 ///
 /// # Safety
@@ -128,6 +139,14 @@ impl Request {
             Pattern::Run => (first, first.wrapping_add(31 * u64::from(self.len)), first),
             Pattern::Other => {
                 let (mut low, mut high, mut bits) = (u64::MAX, 0, 0);
+                if self.mask == u32::MAX {
+                    for &address in &self.at {
+                        low = low.min(address);
+                        high = high.max(address);
+                        bits |= address;
+                    }
+                    return (low, high, bits);
+                }
                 for (lane, &address) in self.at.iter().enumerate() {
                     let taken = 0u64.wrapping_sub(u64::from(self.mask >> lane & 1));
                     low = low.min(address | !taken);

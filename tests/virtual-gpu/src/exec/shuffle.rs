@@ -3,7 +3,7 @@
 use super::Machine;
 use super::address::lanes;
 use super::lanes::handler;
-use crate::program::{Flow, Inst, SINK};
+use crate::program::{CONSTANT, Flow, Inst, SINK};
 use crate::sanitizer::Kind;
 
 /// Checks a member mask: every executing lane is in it, the lanes give the same mask, and no lane in it is
@@ -82,12 +82,32 @@ fn sources(mode: i64, operand: &[u32; 32], clamp: &[u32; 32]) -> ([u32; 32], u32
 }
 
 #[inline(always)]
+fn exchange<const BIT: usize>(value: &[u32; 32], to: &mut [u32; 32]) {
+    for lane in 0..32 {
+        to[lane] = value[lane ^ BIT];
+    }
+}
+
+#[inline(always)]
 unsafe fn shuffle_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     // SAFETY: slots come from the decoder.
     unsafe {
         check_members(m, i, i.ext, mask);
         let value = *m.slot(i.a).cast::<[u32; 32]>();
         let (operand, clamp) = (&*m.slot(i.b).cast::<[u32; 32]>(), &*m.slot(i.c).cast::<[u32; 32]>());
+        // Nearly all shuffles exchange with the lane whose number differs in one bit.
+        let butterfly = mask == u32::MAX && i.imm == 2 && i.b & i.c & CONSTANT != 0 && clamp[0] == 31;
+        if butterfly && i.dst != SINK && operand[0].is_power_of_two() && operand[0] < 32 {
+            let dst = &mut *m.slot(i.dst).cast::<[u32; 32]>();
+            match operand[0] {
+                1 => exchange::<1>(&value, dst),
+                2 => exchange::<2>(&value, dst),
+                4 => exchange::<4>(&value, dst),
+                8 => exchange::<8>(&value, dst),
+                _ => exchange::<16>(&value, dst),
+            }
+            return Flow::Next;
+        }
         // One loop for each mode, without a choice inside.
         let (from, inside) = match i.imm & 3 {
             0 => sources(0, operand, clamp),

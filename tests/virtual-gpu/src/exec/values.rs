@@ -116,6 +116,12 @@ pub unsafe fn load_each(m: &Machine, access: &Access, mask: u32, from: impl Fn(u
     unsafe {
         let slots = slots(m, access);
         if access.bytes == 4 && !access.wide {
+            if access.count == 1 && !slots[0].is_null() {
+                for lane in lanes(mask) {
+                    *slots[0].add(lane) = from(lane).cast::<u32>().read_unaligned();
+                }
+                return;
+            }
             for lane in lanes(mask) {
                 let p = from(lane).cast::<u32>();
                 for (e, slot) in slots.iter().enumerate().take(access.count as usize) {

@@ -1,6 +1,6 @@
 //! Loads and stores of shared and local memory, with their checks and counts.
 
-use super::address::{Pattern, Request, lanes};
+use super::address::{Pattern, Request, every, lanes};
 use super::{Fault, Machine, traffic, values};
 use crate::program::{Access, Flow, Inst};
 use crate::ptx::ast::Space;
@@ -83,7 +83,7 @@ pub fn note_read(m: &mut Machine, i: &Inst, request: &Request) {
     let all_sound = match request.pattern {
         Pattern::Run => sound(m, request.first() as usize, 32 * len),
         Pattern::Same => sound(m, request.first() as usize, len),
-        Pattern::Other => lanes(request.mask).all(|l| sound(m, request.at[l] as usize, len)),
+        Pattern::Other => every(request.mask, |lane| sound(m, request.at[lane] as usize, len)),
     };
     let now = stamp(m, 0);
     if all_sound && (!options.races || m.history.plain(request, now, shared::Use::Read)) {

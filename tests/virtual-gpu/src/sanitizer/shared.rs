@@ -5,7 +5,7 @@
 //! first smaller access on.
 
 use crate::byteset::ByteSet;
-use crate::exec::address::{Pattern, Request, lanes};
+use crate::exec::address::{Pattern, Request, every, lanes};
 
 /// When and by whom an access was made, in one number. From the top: the barrier phase of the launch (32 bits,
 /// counted over all blocks, so that a new block starts in a new phase), the warp barriers that the thread's warp
@@ -189,7 +189,7 @@ impl SharedHistory {
                     !self.splits(word(lane) * 4, len)
                         && self.words.is_plain(word(lane), count, now.lane(lane), how)
                 };
-                if !lanes(request.mask).all(all) {
+                if !every(request.mask, all) {
                     return false;
                 }
                 for lane in lanes(request.mask) {
@@ -248,8 +248,16 @@ impl Cells {
     /// [`SharedHistory::plain`] for `count` words from `n` of one thread; it notes nothing.
     #[inline(always)]
     fn is_plain(&self, n: usize, count: usize, now: Stamp, how: Use) -> bool {
-        self.writes[n..n + count].iter().all(|&w| ordered(w, now))
-            && (how == Use::Read || self.reads[n..n + count].iter().all(|&r| ordered(r, now)))
+        let mut plain = true;
+        for &write in &self.writes[n..n + count] {
+            plain &= ordered(write, now);
+        }
+        if how != Use::Read {
+            for &read in &self.reads[n..n + count] {
+                plain &= ordered(read, now);
+            }
+        }
+        plain
     }
 
     #[inline(always)]
@@ -277,15 +285,7 @@ impl Cells {
     fn plain_run<const COUNT: usize>(&mut self, n: usize, now: Stamp, how: Use) -> bool {
         let writes = &mut self.writes[n..n + 32 * COUNT];
         let reads = &mut self.reads[n..n + 32 * COUNT];
-        let plain_of = |stamps: &[Stamp]| {
-            // Most are settled, which costs less to ask.
-            let mut settled = true;
-            for (k, stamp) in stamps.iter().enumerate() {
-                settled &= stamp.settled(now.lane(k / COUNT));
-            }
-            settled || stamps.iter().enumerate().all(|(k, &stamp)| ordered(stamp, now.lane(k / COUNT)))
-        };
-        let plain = plain_of(writes);
+        let plain = all_ordered::<COUNT>(writes, now);
         if how == Use::Read {
             if plain {
                 for (k, read) in reads.iter_mut().enumerate() {
@@ -294,7 +294,7 @@ impl Cells {
             }
             return plain;
         }
-        let plain = plain && plain_of(reads);
+        let plain = plain && all_ordered::<COUNT>(reads, now);
         if plain {
             for (k, write) in writes.iter_mut().enumerate() {
                 *write = now.lane(k / COUNT);
@@ -324,6 +324,17 @@ impl Cells {
         self.writes[n] = if how == Use::Atomic { Stamp(now.0 | ATOMIC) } else { now };
         race
     }
+}
+
+/// Whether the stamps of a run, `COUNT` of each lane, are ordered before the lanes' accesses. `now` is lane 0's.
+#[inline(always)]
+fn all_ordered<const COUNT: usize>(stamps: &[Stamp], now: Stamp) -> bool {
+    // Most are settled, which costs less to ask.
+    let mut settled = true;
+    for (k, stamp) in stamps.iter().enumerate() {
+        settled &= stamp.settled(now.lane(k / COUNT));
+    }
+    settled || stamps.iter().enumerate().all(|(k, &stamp)| ordered(stamp, now.lane(k / COUNT)))
 }
 
 /// Both readers in one stamp: the later phase wins, several threads become "many".
