@@ -1,12 +1,12 @@
 //! Loads and stores of device memory, with their checks and counts. Those of shared and local memory are in
 //! [`super::window`].
 
-use super::address::{Addresses, Request, addresses, lanes, resolve};
+use super::address::{Request, lanes};
 use super::lanes::handler;
 use super::traffic::Sectors;
 use super::{Fault, Machine, values, window};
 use crate::memory::Allocation;
-use crate::program::{Access, Flow, Inst, Kernel, Order};
+use crate::program::{Flow, Inst, Kernel, Order};
 use crate::ptx::ast::Space;
 use crate::sanitizer::Kind;
 use crate::sanitizer::blocks;
@@ -231,7 +231,8 @@ unsafe fn load_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     // SAFETY: the machine keeps the kernel alive; slots come from the decoder; ranges are checked before use.
     unsafe {
         let access = &(&(*kernel).accesses)[i.ext as usize];
-        let (space, request) = self::request(m, i, access, mask);
+        let mut request = Request::blank(mask, access.bytes * access.count);
+        let space = request.read(m, (i.a, i.c != 0, i.imm), access.space);
         if space == Space::Shared || space == Space::Local {
             return window::load(m, i, access, space, &request);
         }
@@ -260,18 +261,6 @@ unsafe fn load_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     Flow::Next
 }
 
-/// The request of a load, store or atomic, and the space that it goes to.
-///
-/// # Safety
-/// The instruction must be the running kernel's.
-#[inline(always)]
-pub unsafe fn request(m: &Machine, i: &Inst, access: &Access, mask: u32) -> (Space, Request) {
-    // SAFETY: slots come from the decoder.
-    let mut at: Addresses = unsafe { addresses(m, i.a, i.c != 0, i.imm) };
-    let space = resolve(access.space, &mut at, mask);
-    (space, Request::new(at, mask, access.bytes * access.count))
-}
-
 /// Where each lane's bytes are, when they lie in different allocations.
 #[cold]
 #[inline(never)]
@@ -297,7 +286,8 @@ unsafe fn store_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     // SAFETY: the machine keeps the kernel alive; slots come from the decoder; ranges are checked before use.
     unsafe {
         let access = &(&(*kernel).accesses)[i.ext as usize];
-        let (space, request) = self::request(m, i, access, mask);
+        let mut request = Request::blank(mask, access.bytes * access.count);
+        let space = request.read(m, (i.a, i.c != 0, i.imm), access.space);
         if space == Space::Shared || space == Space::Local {
             return window::store(m, i, access, space, &request);
         }

@@ -39,6 +39,14 @@ pub fn every(mask: u32, f: impl Fn(usize) -> bool) -> bool {
 #[inline(always)]
 pub unsafe fn addresses(m: &Machine, slot: u32, wide: bool, offset: i64) -> Addresses {
     let mut out = [0; 32];
+    // SAFETY: the caller's promise.
+    unsafe { read_addresses(&mut out, m, slot, wide, offset) };
+    out
+}
+
+/// [`addresses`], in place.
+#[inline(always)]
+unsafe fn read_addresses(out: &mut Addresses, m: &Machine, slot: u32, wide: bool, offset: i64) {
     // SAFETY: slots come from the decoder, which knows their width.
     unsafe {
         if wide {
@@ -53,7 +61,6 @@ pub unsafe fn addresses(m: &Machine, slot: u32, wide: bool, offset: i64) -> Addr
             }
         }
     }
-    out
 }
 
 /// The state space that generic addresses point to; addresses are made relative to it.
@@ -85,7 +92,7 @@ pub enum Pattern {
 }
 
 /// One memory instruction of a warp.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Request {
     /// Address of each lane; those of lanes that don't take part mean nothing.
     pub at: Addresses,
@@ -101,26 +108,56 @@ impl Request {
     /// The request of the lanes in `mask`, at least one, of `len` bytes each.
     #[inline(always)]
     pub fn new(at: Addresses, mask: u32, len: u32) -> Self {
-        let first = at[mask.trailing_zeros() as usize & 31];
+        let mut request = Request { at, mask, len, pattern: Pattern::Other };
+        request.classify();
+        request
+    }
+
+    /// A request whose addresses are still to be [read](Request::read).
+    #[inline(always)]
+    pub fn blank(mask: u32, len: u32) -> Self {
+        Request { at: [0; 32], mask, len, pattern: Pattern::Other }
+    }
+
+    /// Reads the addresses of an instruction, base plus offset, and tells which space named `space` they go to.
+    ///
+    /// # Safety
+    /// As [`addresses`].
+    #[inline(always)]
+    pub unsafe fn read(
+        &mut self,
+        m: &Machine,
+        (slot, wide, offset): (u32, bool, i64),
+        space: Space,
+    ) -> Space {
+        // SAFETY: the caller's promise.
+        unsafe { read_addresses(&mut self.at, m, slot, wide, offset) };
+        let space = resolve(space, &mut self.at, self.mask);
+        self.classify();
+        space
+    }
+
+    #[inline(always)]
+    fn classify(&mut self) {
+        let (first, len) = (self.first(), u64::from(self.len));
         let (mut run, mut same) = (0, 0);
-        if mask == u32::MAX {
-            for (lane, &address) in at.iter().enumerate() {
-                run |= address ^ first.wrapping_add(lane as u64 * u64::from(len));
+        if self.mask == u32::MAX {
+            for (lane, &address) in self.at.iter().enumerate() {
+                run |= address ^ first.wrapping_add(lane as u64 * len);
                 same |= address ^ first;
             }
         } else {
             run = 1;
-            for (lane, &address) in at.iter().enumerate() {
-                let taken = 0u64.wrapping_sub(u64::from(mask >> lane & 1));
+            for (lane, &address) in self.at.iter().enumerate() {
+                let taken = 0u64.wrapping_sub(u64::from(self.mask >> lane & 1));
                 same |= (address ^ first) & taken;
             }
         }
-        let pattern = match (run, same) {
+        self.pattern = match (run, same) {
             (0, _) => Pattern::Run,
             (_, 0) => Pattern::Same,
             _ => Pattern::Other,
         };
-        Request { at, mask, len, pattern }
     }
 
     /// Address of the lowest lane.

@@ -1,7 +1,7 @@
 //! `atom` and `red`.
 
 use super::Machine;
-use super::access::{locate, note_global, request, synchronise};
+use super::access::{locate, note_global, synchronise};
 use super::address::{Request, lanes};
 use super::traffic::Sectors;
 use super::window::{check, report_race, stamp};
@@ -138,7 +138,8 @@ pub unsafe fn atomic(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     let len = access.bytes;
     // SAFETY: slots come from the decoder; ranges are checked before use.
     unsafe {
-        let (space, request) = request(m, i, &access, mask);
+        let mut request = Request::blank(mask, len);
+        let space = request.read(m, (i.a, i.c != 0, i.imm), access.space);
         let at = &request.at;
         let mut site = std::ptr::null_mut();
         if space == Space::Shared {

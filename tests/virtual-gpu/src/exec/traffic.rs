@@ -174,7 +174,7 @@ mod tests {
     fn waves(at: &[u64; 32], mask: u32, len: u32) -> (u64, u64) {
         let request = Request::new(*at, mask, len);
         // The short way for runs gives what counting gives.
-        let counted = super::waves(&Request { pattern: Pattern::Other, ..request });
+        let counted = super::waves(&Request { pattern: Pattern::Other, ..request.clone() });
         assert_eq!(super::waves(&request), counted);
         counted
     }
@@ -182,7 +182,7 @@ mod tests {
     fn sectors(at: [u64; 32], mask: u32, len: u32) -> (usize, u64) {
         let request = Request::new(at, mask, len);
         let sectors = Sectors::of(&request);
-        let counted = Sectors::of(&Request { pattern: Pattern::Other, ..request });
+        let counted = Sectors::of(&Request { pattern: Pattern::Other, ..request.clone() });
         assert!(sectors.iter().eq(counted.iter()));
         (sectors.len(), sectors.bytes())
     }

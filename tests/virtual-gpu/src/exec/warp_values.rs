@@ -1,10 +1,11 @@
 //! Values that come from the launch: special registers and parameters.
 
-use super::address::{Pattern, Request, addresses, lanes};
+use super::address::{Pattern, Request, lanes};
 use super::lanes::handler;
 use super::values::splat;
 use super::{Fault, Machine};
 use crate::program::{Access, Flow, Inst};
+use crate::ptx::ast::Space;
 use crate::sanitizer::Kind;
 
 const NAMES: [&str; 31] = [
@@ -132,9 +133,9 @@ handler! {
 #[inline(always)]
 unsafe fn parameter_at_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     let access = &m.kernel.accesses[i.ext as usize];
+    let mut request = Request::blank(mask, access.bytes * access.count);
     // SAFETY: the slot comes from the decoder, which knows its width.
-    let at = unsafe { addresses(m, i.a, i.c != 0, i.imm) };
-    let request = Request::new(at, mask, access.bytes * access.count);
+    unsafe { request.read(m, (i.a, i.c != 0, i.imm), Space::Param) };
     let (len, limit) = (u64::from(request.len), m.shape.params.len() as u64);
     let (_, high, bits) = request.union();
     if bits & (len - 1) != 0 || high.checked_add(len).is_none_or(|end| end > limit) {
@@ -146,7 +147,7 @@ unsafe fn parameter_at_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
             read_parameter(m, access, request.first() as usize, mask);
         } else {
             for lane in lanes(mask) {
-                read_parameter(m, access, at[lane] as usize, 1 << lane);
+                read_parameter(m, access, request.at[lane] as usize, 1 << lane);
             }
         }
     }
