@@ -255,10 +255,10 @@ impl Decoder<'_> {
             ("f32", "f16") => map1(|x: u16| canon(num::f16_to_f32(x))),
             ("f32", "bf16") => map1(|x: u16| canon(num::bf16_to_f32(x))),
             ("f64", "f32") if flush => each1(|x: f32| f64::from(ftz(x))),
-            ("f64", "f32") => each1(|x: f32| f64::from(x)),
+            ("f64", "f32") => map1(|x: f32| f64::from(x)),
             ("f64", "f16") => each1(|x: u16| f64::from(num::f16_to_f32(x))),
             ("f32", "f64") => match (round, flush, saturate) {
-                (Some(Round::Nearest), false, false) => each1(|x: f64| canon(x as f32)),
+                (Some(Round::Nearest), false, false) => map1(|x: f64| canon(x as f32)),
                 (Some(Round::Nearest), true, false) => each1(|x: f64| ftz(canon(x as f32))),
                 (Some(Round::Nearest), _, true) => each1(|x: f64| sat(x as f32)),
                 (Some(Round::Zero), false, false) => {
@@ -295,12 +295,12 @@ impl Decoder<'_> {
         macro_rules! with {
             (|$x:ident| $f:expr) => {
                 match (ty, flush, saturate) {
-                    ("f32", false, false) => each1(|$x: f32| canon($f)),
+                    ("f32", false, false) => map1(|$x: f32| canon($f)),
                     ("f32", true, false) => each1(|y: f32| {
                         let $x = ftz(y);
                         ftz(canon($f))
                     }),
-                    ("f32", false, true) => each1(|$x: f32| sat($f)),
+                    ("f32", false, true) => map1(|$x: f32| sat($f)),
                     ("f32", true, true) => each1(|y: f32| {
                         let $x = ftz(y);
                         sat($f)

@@ -244,16 +244,16 @@ impl Decoder<'_> {
             return self.error(i, "f64 is supported with .rn only");
         }
         let run = match i.opcode.as_str() {
-            "add" => each2(|a: f64, b: f64| a + b),
-            "sub" => each2(|a: f64, b: f64| a - b),
-            "mul" => each2(|a: f64, b: f64| a * b),
-            "fma" | "mad" => each3(|a: f64, b: f64, c: f64| a.mul_add(b, c)),
-            "div" => each2(|a: f64, b: f64| a / b),
+            "add" => map2(|a: f64, b: f64| a + b),
+            "sub" => map2(|a: f64, b: f64| a - b),
+            "mul" => map2(|a: f64, b: f64| a * b),
+            "fma" | "mad" => map3(|a: f64, b: f64, c: f64| a.mul_add(b, c)),
+            "div" => map2(|a: f64, b: f64| a / b),
             "min" => each2(|a: f64, b: f64| a.min(b)),
             "max" => each2(|a: f64, b: f64| a.max(b)),
-            "neg" => each1(|a: f64| -a),
-            "abs" => each1(|a: f64| a.abs()),
-            "sqrt" => each1(|a: f64| a.sqrt()),
+            "neg" => map1(|a: f64| -a),
+            "abs" => map1(|a: f64| a.abs()),
+            "sqrt" => map1(|a: f64| a.sqrt()),
             "rcp" if mods.take("approx") => {
                 mods.take("ftz");
                 each1(rough_reciprocal)

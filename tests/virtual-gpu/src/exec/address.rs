@@ -21,17 +21,6 @@ pub fn lanes(mask: u32) -> impl Iterator<Item = usize> {
     })
 }
 
-/// Whether `f` holds for all lanes of a mask. It is a loop, and so is compiled with its caller.
-#[inline(always)]
-pub fn every(mask: u32, f: impl Fn(usize) -> bool) -> bool {
-    for lane in lanes(mask) {
-        if !f(lane) {
-            return false;
-        }
-    }
-    true
-}
-
 /// Base plus offset for each lane; `ext2` of the access tells whether the base is 64-bit.
 ///
 /// # Safety

@@ -1,6 +1,6 @@
 //! Loads and stores of shared and local memory, with their checks and counts.
 
-use super::address::{Pattern, Request, every, lanes};
+use super::address::{Pattern, Request, lanes};
 use super::{Fault, Machine, traffic, values};
 use crate::program::{Access, Flow, Inst};
 use crate::ptx::ast::Space;
@@ -71,19 +71,29 @@ pub fn report_race(m: &mut Machine, i: &Inst, lane: usize, offset: u64, race: Ra
     m.report(Kind::SharedRace, i, lane as u32, text + " with no barrier between");
 }
 
+/// Whether a range of shared memory was written, and waits for no asynchronous copy.
+#[inline(always)]
+fn sound(m: &Machine, offset: usize, len: usize) -> bool {
+    let options = m.settings.options;
+    (!options.uninitialised || m.block.shared_written.covers(offset, len))
+        && (!options.races || m.block.in_flight_count == 0 || !m.block.in_flight.meets(offset, len))
+}
+
 /// All checks of a load from shared memory but its bounds: in one go where nothing can be wrong, else by lane.
 #[inline(always)]
 pub fn note_read(m: &mut Machine, i: &Inst, request: &Request) {
     let options = m.settings.options;
     let len = request.len as usize;
-    let sound = |m: &Machine, offset: usize, len: usize| {
-        (!options.uninitialised || m.block.shared_written.covers(offset, len))
-            && (!options.races || m.block.in_flight_count == 0 || !m.block.in_flight.meets(offset, len))
-    };
     let all_sound = match request.pattern {
         Pattern::Run => sound(m, request.first() as usize, 32 * len),
         Pattern::Same => sound(m, request.first() as usize, len),
-        Pattern::Other => every(request.mask, |lane| sound(m, request.at[lane] as usize, len)),
+        Pattern::Other => {
+            let mut all = true;
+            for lane in lanes(request.mask) {
+                all &= sound(m, request.at[lane] as usize, len);
+            }
+            all
+        }
     };
     let now = stamp(m, 0);
     if all_sound && (!options.races || m.history.plain(request, now, shared::Use::Read)) {

@@ -5,7 +5,7 @@
 //! first smaller access on.
 
 use crate::byteset::ByteSet;
-use crate::exec::address::{Pattern, Request, every, lanes};
+use crate::exec::address::{Pattern, Request, lanes};
 
 /// When and by whom an access was made, in one number. From the top: the barrier phase of the launch (32 bits,
 /// counted over all blocks, so that a new block starts in a new phase), the warp barriers that the thread's warp
@@ -184,16 +184,15 @@ impl SharedHistory {
                 true
             }
             Pattern::Other if how == Use::Read || request.apart() => {
-                let word = |lane: usize| request.at[lane] as usize / 4;
-                let all = |lane: usize| {
-                    !self.splits(word(lane) * 4, len)
-                        && self.words.is_plain(word(lane), count, now.lane(lane), how)
-                };
-                if !every(request.mask, all) {
-                    return false;
+                // Loops and not closures, which would be compiled for the baseline.
+                for lane in lanes(request.mask) {
+                    let at = request.at[lane] as usize;
+                    if self.splits(at, len) || !self.words.is_plain(at / 4, count, now.lane(lane), how) {
+                        return false;
+                    }
                 }
                 for lane in lanes(request.mask) {
-                    self.words.note(word(lane), count, now.lane(lane), how);
+                    self.words.note(request.at[lane] as usize / 4, count, now.lane(lane), how);
                 }
                 true
             }
