@@ -380,3 +380,88 @@ impl Cell {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A sector as it would be kept without short cuts: a history for each byte, and who read what last.
+    #[derive(Default)]
+    struct Plain {
+        cells: [Cell; 32],
+        again: (u32, u32, u32),
+    }
+
+    impl Plain {
+        fn access(&mut self, mask: u32, order: &BlockOrder, warp: usize, how: Use) -> Option<u32> {
+            let Reader { block, time } = order.reader(warp);
+            if how == Use::Read {
+                if (self.again.0, self.again.1) == (block, time) {
+                    if mask & !self.again.2 == 0 {
+                        return None;
+                    }
+                    self.again.2 |= mask;
+                } else {
+                    self.again = (block, time, mask);
+                }
+            } else {
+                self.again.0 = 0;
+            }
+            let bytes = (0..32).filter(|byte| mask >> byte & 1 == 1);
+            bytes.fold(None, |found: Option<u32>, byte| found.or(self.cells[byte].access(order, warp, how)))
+        }
+    }
+
+    /// Accesses of four blocks to one sector, with barriers, fences and releases, over several launches.
+    #[test]
+    fn short_records_find_what_single_bytes_find() {
+        let mut state = 11;
+        let mut draw = |below: u64| crate::exec::draw(&mut state) % below;
+        let (mut sector, mut history) = (Sector::default(), History::default());
+        let mut found = 0;
+        for launch in 1..2000 {
+            let exact = draw(2) == 0;
+            let mut orders: Vec<BlockOrder> = (0..4).map(|n| BlockOrder::new(n, 2, exact)).collect();
+            let (mut conflicts, mut plain) = (Conflicts::default(), Plain::default());
+            let writes = draw(4);
+            for _ in 0..draw(60) {
+                let (block, warp) = (draw(4) as usize, draw(2) as usize);
+                match draw(8) {
+                    0 if exact => orders[block].barrier(),
+                    1 if exact => {
+                        orders[block].fence(warp);
+                        conflicts.publish(&orders[block], warp, 64);
+                    }
+                    2 if exact => {
+                        conflicts.observe(&mut orders[block], warp, 64);
+                        orders[block].fence(warp);
+                    }
+                    _ => {}
+                }
+                let mask = match draw(4) {
+                    0 => u32::MAX,
+                    1 => 0xffff << (16 * draw(2)),
+                    _ => 0xf << (4 * draw(8)),
+                };
+                let how = match draw(12) {
+                    n if n < writes => [Use::Write, Use::StrongWrite, Use::StrongRead][n as usize],
+                    _ => Use::Read,
+                };
+                let order = &orders[block];
+                let want = plain.access(mask, order, warp, how);
+                sector.open(launch);
+                let got = if how == Use::Read && sector.reads(mask, order.reader(warp)) {
+                    None
+                } else {
+                    conflicts.access((&mut sector, &mut history), launch, mask, order, warp, how)
+                };
+                assert_eq!(
+                    got, want,
+                    "launch {launch}, {how:?} of {mask:#010x} by block {block} warp {warp}"
+                );
+                found += u32::from(got.is_some());
+            }
+        }
+        assert!(found > 1000, "only {found} conflicts");
+    }
+}

@@ -392,4 +392,61 @@ mod tests {
         }
         assert_eq!(h.access(0, 4, at(3, 1, 5), Use::Write), Some(Race::WriteAfterRead(None)));
     }
+
+    /// Requests of all patterns by warps of two, with barriers between, noted in one go where that may be and lane by
+    /// lane: races and histories are the same.
+    #[test]
+    fn short_ways_note_what_single_accesses_note() {
+        let mut state = 7;
+        let mut draw = |below: u64| crate::exec::draw(&mut state) % below;
+        let (mut short, mut long) = (SharedHistory::new(4096), SharedHistory::new(4096));
+        let (mut phase, mut warp_phases) = (1, [0u32; 2]);
+        let mut plain = 0;
+        for _ in 0..20_000 {
+            match draw(4) {
+                0 => phase += 1,
+                1 => warp_phases[draw(2) as usize] += 1,
+                _ => {}
+            }
+            let warp = draw(2) as u32;
+            // Parts of words in the upper half only, which are split soon and for good.
+            let upper = draw(10) == 0;
+            let len = if upper { 2 << draw(4) } else { 4 << draw(3) };
+            let base = u64::from(upper) * 2048 + draw(16) * 16;
+            let at: [u64; 32] = match draw(5) {
+                0 | 1 => std::array::from_fn(|lane| base + lane as u64 * len),
+                2 => [base; 32],
+                3 => std::array::from_fn(|lane| base + (lane as u64 ^ 5) * 2 * len),
+                _ => std::array::from_fn(|lane| base + lane as u64 % 7 * len),
+            };
+            let mask = [u32::MAX, 1 << draw(32), 0x00ff_fff0, u32::MAX][draw(4) as usize];
+            let how = if draw(3) == 0 { Use::Write } else { Use::Read };
+            let request = Request::new(at, mask, len as u32);
+            let now = Stamp::new(phase, warp_phases[warp as usize], warp * 32);
+            let single = |history: &mut SharedHistory| -> Vec<Option<Race>> {
+                let one = |lane: usize| history.access(at[lane] as usize, len as usize, now.lane(lane), how);
+                lanes(mask).map(one).collect()
+            };
+            let races = single(&mut long);
+            if short.plain(&request, now, how) {
+                plain += 1;
+                assert!(races.iter().all(Option::is_none), "{request:?} {how:?}: {races:?}");
+            } else {
+                assert_eq!(single(&mut short), races);
+            }
+            assert!(short.words.writes == long.words.writes && short.words.reads == long.words.reads);
+            assert!(short.bytes.writes == long.bytes.writes && short.bytes.reads == long.bytes.reads);
+        }
+        assert!(plain > 2000, "only {plain} of the requests went the short way");
+    }
+
+    #[test]
+    fn a_restart_keeps_the_order_of_what_was() {
+        let mut h = SharedHistory::new(64);
+        h.access(0, 4, at(0, 1, 9), Use::Write);
+        h.access(4, 4, at(40, 1, 9), Use::Write);
+        h.restart(1, 0);
+        assert_eq!(h.access(0, 4, at(1, 1, 1), Use::Read), None, "before the barrier that made it restart");
+        assert_eq!(h.access(4, 4, at(41, 1, 9), Use::Read), Some(Race::ReadAfterWrite(40)), "another warp");
+    }
 }
