@@ -42,8 +42,8 @@ struct Cell {
     other_reader: When,
 }
 
-/// What the running launch did to a sector, in short: enough as long as one block reads it, always the same bytes
-/// and between the same two steps of its clock. Most sectors of most launches get no further.
+/// What the running launch did to a sector, in short: enough as long as one block reads it, between the same two
+/// steps of its clock. Most sectors of most launches get no further.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Sector {
     /// Launch times four, and bits for the kinds of traffic seen.
@@ -51,7 +51,7 @@ pub struct Sector {
     /// The bytes that the block below has read since then: reading them again changes nothing as long as nobody
     /// writes.
     bytes: u32,
-    /// The block that read here last (plus one); 0 for none in this launch, [`WRITTEN`] after a write.
+    /// The block that read here last (plus one), and [`TOLD`]; 0 for none in this launch, [`WRITTEN`] after a write.
     block: u32,
     /// When that block read.
     time: u32,
@@ -60,7 +60,9 @@ pub struct Sector {
 // SAFETY: numbers only.
 unsafe impl Zero for Sector {}
 
-/// In the place of a block: the last to come here wrote. No launch has as many blocks.
+/// Beside a block: the sector has a [`History`] in this launch. No launch has as many blocks.
+const TOLD: u32 = 1 << 31;
+/// In the place of a block: the last to come here wrote.
 const WRITTEN: u32 = u32::MAX;
 
 /// A block and its time, as a [`Sector`] keeps them.
@@ -87,15 +89,24 @@ impl Sector {
         first
     }
 
-    /// Whether a plain read needs no more than this record: the first access of the launch, or one that was here
-    /// before. Otherwise [`Conflicts::access`] must look at it.
+    /// Whether a plain read needs no more than this record: it is by the only block so far, or by the last reader and
+    /// of bytes it has read. Otherwise [`Conflicts::access`] must look at it.
     #[inline(always)]
     pub fn reads(&mut self, bytes: u32, reader: Reader) -> bool {
         if self.block == 0 {
             (self.bytes, self.block, self.time) = (bytes, reader.block, reader.time);
             return true;
         }
-        self.block == reader.block && self.time == reader.time && bytes & !self.bytes == 0
+        if self.block & !TOLD != reader.block || self.time != reader.time {
+            return false;
+        }
+        // Without a history, all bytes read so far have the same: one reader.
+        let known = bytes & !self.bytes == 0;
+        if self.block & TOLD == 0 {
+            self.bytes |= bytes;
+            return true;
+        }
+        known
     }
 }
 
@@ -256,7 +267,7 @@ impl Conflicts {
         how: Use,
     ) -> Option<u32> {
         if history.launch != launch {
-            // So far there was nothing, or reads of the same bytes by one block at one time.
+            // So far there was nothing, or reads by one block at one time.
             let cell = Cell {
                 reader: order.when(Reader { block: sector.block, time: sector.time }),
                 ..Cell::default()
@@ -269,13 +280,13 @@ impl Conflicts {
         }
         if how == Use::Read {
             let now = order.reader(warp);
-            if sector.block == now.block && sector.time == now.time {
+            if sector.block & !TOLD == now.block && sector.time == now.time {
                 if mask & !sector.bytes == 0 {
                     return None;
                 }
                 sector.bytes |= mask;
             } else {
-                (sector.bytes, sector.block, sector.time) = (mask, now.block, now.time);
+                (sector.bytes, sector.block, sector.time) = (mask, now.block | TOLD, now.time);
             }
         } else {
             sector.block = WRITTEN;
