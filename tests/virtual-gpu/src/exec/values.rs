@@ -93,9 +93,9 @@ unsafe fn split<T: Copy + Default, const N: usize>(m: &Machine, access: &Access,
     // SAFETY: the caller's promise: 32 * N elements can be read, and the slots have 32 each.
     unsafe {
         let from = from.cast::<T>();
-        for lane in 0..32 {
-            for e in 0..N {
-                out[e][lane] = from.add(lane * N + e).read_unaligned();
+        for (e, values) in out.iter_mut().enumerate() {
+            for (lane, value) in values.iter_mut().enumerate() {
+                *value = from.add(lane * N + e).read_unaligned();
             }
         }
         for (values, slot) in out.iter().zip(slots(m, access)) {
@@ -172,9 +172,9 @@ unsafe fn join<T: Copy + Default, const N: usize>(m: &Machine, access: &Access, 
     unsafe {
         let values: [[T; 32]; N] = std::array::from_fn(|e| *m.slot(access.slots[e]).cast());
         let mut out = [[T::default(); N]; 32];
-        for lane in 0..32 {
-            for e in 0..N {
-                out[lane][e] = values[e][lane];
+        for (lane, out) in out.iter_mut().enumerate() {
+            for (value, values) in out.iter_mut().zip(&values) {
+                *value = values[lane];
             }
         }
         to.cast::<[[T; N]; 32]>().write_unaligned(out);

@@ -9,8 +9,8 @@ use crate::exec::address::{Pattern, Request, lanes};
 
 /// When and by whom an access was made, in one number. From the top: the barrier phase of the launch (32 bits,
 /// counted over all blocks, so that a new block starts in a new phase), the warp barriers that the thread's warp
-/// has passed in it (19 bits), whether the access was an atomic, who it was (12 bits): a thread of the block, or
-/// [`WARP`] and a warp, or [`MANY`].
+/// has passed (19 bits), whether the access was an atomic, who it was (12 bits): a thread of the block, or
+/// a warp, or many.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Stamp(u64);
 
