@@ -311,6 +311,7 @@ fn require_all(m: &mut Machine, i: &Inst, mask: u32) {
 }
 
 /// Row addresses of `count` matrices, from the lanes that give them; checked and counted.
+#[inline(always)]
 unsafe fn rows(m: &mut Machine, i: &Inst, mask: u32, count: usize, verb: &str) -> Result<Request, Flow> {
     // SAFETY: the slot comes from the decoder, which knows its width.
     let mut at = unsafe { super::address::addresses(m, i.a, i.c & 1 != 0, i.imm) };
@@ -352,22 +353,21 @@ unsafe fn load_matrix_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
             note_read(m, i, &request);
         }
         for (matrix, &dst) in list.iter().enumerate() {
-            let row = |g: usize| -> [u8; 16] {
+            let mut tile = [[0u32; 4]; 8];
+            for (g, row) in tile.iter_mut().enumerate() {
                 let at = request.at[matrix * 8 + g] as usize;
                 // A lane that does not take part may give any address; that it does not is a finding already.
-                let bytes = m.block.shared.get(at..at + 16).unwrap_or(&[0; 16]);
-                std::array::from_fn(|n| bytes[n])
-            };
-            let tile: [[u8; 16]; 8] = std::array::from_fn(row);
-            let words: [u32; 32] = if i.c & 2 != 0 {
-                let half = |g: usize, n: usize| u16::from_le_bytes([tile[g][2 * n], tile[g][2 * n + 1]]);
-                std::array::from_fn(|lane| {
-                    let (g, t) = (lane / 4, lane % 4);
-                    u32::from(half(2 * t, g)) | u32::from(half(2 * t + 1, g)) << 16
-                })
-            } else {
-                std::mem::transmute::<[[u8; 16]; 8], [u32; 32]>(tile)
-            };
+                if let Some(bytes) = m.block.shared.get(at..at.wrapping_add(16)) {
+                    *row = bytes.as_ptr().cast::<[u32; 4]>().read_unaligned();
+                }
+            }
+            let mut words = [0; 32];
+            for (lane, word) in words.iter_mut().enumerate() {
+                let (g, t) = (lane / 4, lane % 4);
+                // Element `g` of row `n`, in the low bits.
+                let half = |n: usize| tile[n][g / 2] >> (16 * (g & 1)) & 0xffff;
+                *word = if i.c & 2 != 0 { half(2 * t) | half(2 * t + 1) << 16 } else { tile[g][t] };
+            }
             let dst = m.slot(dst);
             if mask == u32::MAX {
                 dst.cast::<[u32; 32]>().write(words);
