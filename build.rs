@@ -50,7 +50,9 @@ fn prebuilt(root: &Path, folder: &str) -> Result<Vec<PathBuf>, Box<dyn Error>> {
         }
         match path.extension().is_some_and(|extension| extension == "ptx") {
             true => images.push(path),
-            false => sources += 1,
+            false if path.parent() == Some(root.join(folder).as_path()) => sources += 1,
+            // A header of kernels/ that another folder includes.
+            false => {}
         }
     }
     if sources != find(&root.join(folder), &["cu", "cuh"])?.len() {

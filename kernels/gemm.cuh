@@ -48,7 +48,6 @@ __device__ inline void ldmatrix(u32 (&to)[4], const void* from) {
 // What mma reads of W at once: 16 outputs, and 32 bytes of the columns of each.
 template <typename T>
 struct Factor {
-    static constexpr bool FROM_ZERO = false;  // whether the columns of a step are summed by themselves first
     u32 a[4];
 
     __device__ void load(const T* from) { ldmatrix(a, from); }
@@ -57,11 +56,9 @@ struct Factor {
     __device__ void multiply(float (&c)[4], u32 b0, u32 b1, bool) const { mma(c, a, b0, b1, static_cast<const T*>(nullptr)); }
 };
 
-// 22 bits of W and of x count; what both low halves would add is below the last of them. Tensor cores cut sums off
-// instead of rounding them, each time a little: what one step adds is summed from zero, and then rounded.
+// 22 bits of W and of x count; what both low halves would add is below the last of them.
 template <>
 struct Factor<float> {
-    static constexpr bool FROM_ZERO = true;
     u32 high[4], low[4];
 
     __device__ void load(const float* from) {
@@ -196,14 +193,12 @@ struct Gemm {
             if (step + GEMM_STAGES - 1 < steps) fetch(step + GEMM_STAGES - 1);
             commit_copies();  // an empty group at the end, so that the count of groups still tells
             const Stage& stage = stages[step % GEMM_STAGES];
-            if constexpr (Factor<T>::FROM_ZERO) {
-                float of_step[2][4][4] = {};
-                multiply(stage, outputs, rows, of_step);
+            // Tensor cores cut sums off instead of rounding them, each time a little, and always towards zero: what one
+            // step adds is summed from zero, and then rounded.
+            float of_step[2][4][4] = {};
+            multiply(stage, outputs, rows, of_step);
 #pragma unroll
-                for (u32 at = 0; at < 32; at++) c[at / 16][at / 4 % 4][at % 4] += of_step[at / 16][at / 4 % 4][at % 4];
-            } else {
-                multiply(stage, outputs, rows, c);
-            }
+            for (u32 at = 0; at < 32; at++) c[at / 16][at / 4 % 4][at % 4] += of_step[at / 16][at / 4 % 4][at % 4];
         }
     }
 

@@ -133,10 +133,11 @@ def assemble(packages: Path, image: Path, chip: str) -> list[dict]:
 
 
 def outputs(nvrtc: Nvrtc, folder: Path) -> dict[Path, str]:
-    """The images of the folder's sources, and the MANIFEST: a line for every file, its hash and its path."""
+    """The images of the folder's sources, and the MANIFEST: a line for every file that they may be made from or are."""
     units = sorted(folder.glob("*.cu"))
     images = {folder / "ptx" / f"{unit.stem}.ptx": nvrtc.compile(unit) for unit in units}
-    hashes = {path: fnv1a(path.read_bytes()) for path in sorted([*units, *folder.glob("*.cuh")])}
+    sources = {*units, *folder.glob("*.cuh"), *KERNELS.glob("*.cuh")}
+    hashes = {path: fnv1a(path.read_bytes()) for path in sorted(sources)}
     hashes |= {path: fnv1a(text.encode()) for path, text in images.items()}
     lines = [f"{value} {path.relative_to(ROOT).as_posix()}\n" for path, value in hashes.items()]
     return images | {folder / "ptx" / "MANIFEST": "".join(lines)}

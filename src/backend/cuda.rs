@@ -308,8 +308,12 @@ impl CudaBackend {
 
 impl Drop for CudaBackend {
     fn drop(&mut self) {
-        // A step in flight uses memory of all streams. Where the device has failed, nothing runs.
-        let _ = self.gpu.synchronize(&self.stream);
+        // What is in flight uses memory of all streams, also where a call has failed and the others went on. What a stream
+        // says of that is known, or nobody asks any more.
+        let groups = [&self.large, &self.small].into_iter().flatten().map(Group::stream);
+        for stream in groups.chain([&self.stream, &self.reader]) {
+            let _ = stream.synchronize();
+        }
     }
 }
 

@@ -275,8 +275,12 @@ impl Gpu {
         meanwhile: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
         std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                kernels.iter().map(|kernel| scope.spawn(|| self.load(kernel).map(drop))).collect();
+            // Where no thread can be had, the kernel is loaded when it is first launched.
+            let load = |kernel| {
+                let builder = std::thread::Builder::new().name("loading a kernel".to_owned());
+                builder.spawn_scoped(scope, move || self.load(kernel).map(drop)).ok()
+            };
+            let threads: Vec<_> = kernels.iter().copied().filter_map(load).collect();
             let done = meanwhile();
             // A thread that couldn't load its kernel has left the failure where every later call finds it.
             threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Ok(()))).and(done)

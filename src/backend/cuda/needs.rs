@@ -12,6 +12,10 @@ use crate::backend::Limits;
 use crate::ensemble::Ensemble;
 use crate::error::{Error, Result};
 
+/// The kernels' machine code, of which most is loaded when it is first launched: some 3 MB, in pieces of up to 2 MiB
+/// for each of two or three dozen kernels.
+const CODE: usize = 64 << 20;
+
 /// Bytes, by use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Needs {
@@ -48,7 +52,7 @@ impl Needs {
     /// [`Error::Device`] with what is needed for what, and what there is.
     pub(crate) fn check(self, gpu: &Gpu) -> Result<()> {
         let Self { weights, cache, activations, logits } = self;
-        let needed = weights + cache + activations + logits;
+        let needed = weights + cache + activations + logits + CODE;
         let (free, total) = gpu.memory()?;
         if needed <= free {
             return Ok(());
@@ -56,13 +60,15 @@ impl Needs {
         Err(Error::Device {
             requested: format!("cuda:{}", gpu.ordinal()),
             reason: format!(
-                "{} is needed (weights {}, key-value cache {}, activations {}, logits {}), and {} of {} is free; \
+                "{} is needed (weights {}, key-value cache {}, activations {}, logits {}, \
+                 kernels {}), and {} of {} is free; \
                  fewer or shorter sequences need less cache",
                 mib(needed),
                 mib(weights),
                 mib(cache),
                 mib(activations),
                 mib(logits),
+                mib(CODE),
                 mib(free),
                 mib(total)
             ),

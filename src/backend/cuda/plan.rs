@@ -43,8 +43,12 @@ impl Members {
         let mut adapters = 0..;
         for &model in &members.models {
             let this = &ensemble.models()[model];
-            let shares =
-                |&owner: &usize| std::sync::Arc::ptr_eq(&ensemble.models()[owner].weights, &this.weights);
+            // A set has one ε and one rotation, too.
+            let shares = |&owner: &usize| {
+                let (owner, config) = (&ensemble.models()[owner], &this.config);
+                std::sync::Arc::ptr_eq(&owner.weights, &this.weights)
+                    && (&owner.config.rope, owner.config.rms_norm_eps) == (&config.rope, config.rms_norm_eps)
+            };
             let set = members.owners.iter().position(shares).unwrap_or(members.owners.len());
             if set == members.owners.len() {
                 members.owners.push(model);

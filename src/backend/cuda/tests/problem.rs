@@ -149,14 +149,18 @@ impl Problem {
         }
     }
 
-    /// The same of the absolute values of an f32 set's weights and of x: sums that only grow.
+    /// The same of the absolute values of the first set's weights and of x: sums that only grow.
     pub(super) fn without_signs(mut self, bed: &Bed) -> Self {
         let cols = self.case.cols;
         for numbers in [&mut self.x, &mut self.sets[0].weights] {
             numbers.iter_mut().for_each(|number| *number = number.abs());
         }
-        let bytes: Vec<u8> =
-            padded(&self.sets[0].weights, cols, 0.0).iter().flat_map(|w| w.to_le_bytes()).collect();
+        let weights = padded(&self.sets[0].weights, cols, 0.0);
+        let bytes: Vec<u8> = match self.case.dtype {
+            Dtype::F32 => weights.iter().flat_map(|w| w.to_le_bytes()).collect(),
+            Dtype::F16 => weights.iter().flat_map(|&w| f16::from_f32(w).to_le_bytes()).collect(),
+            Dtype::Bf16 => weights.iter().flat_map(|&w| bf16::from_f32(w).to_le_bytes()).collect(),
+        };
         let at = (self.product.weights - self._alive.0.address()) as usize;
         bed.gpu.write(&bed.stream, &mut self._alive.0, at, &bytes).unwrap();
         bed.gpu.write(&bed.stream, &mut self._alive.1[0], 0, &padded(&self.x, cols, 0.0)).unwrap();
@@ -225,14 +229,14 @@ impl Problem {
     /// the squares, whose relative error is halved by the root (eight a panel half, five over the lanes, one a panel);
     /// mean, ε, root, reciprocal, the scaling; or those of t, and of B t, whose lanes are summed; two more additions.
     ///
-    /// On tensor cores: two sums of each 16 columns, which may be cut off instead of rounded; what the halves lose; the
-    /// squares along 128 lanes; B t in one go; and the rest as above. In f32 six sums of each 16 columns, which may be
-    /// cut off, by themselves, and then one.
+    /// On tensor cores: a sum of each step's columns, 32 of them or 16 in f32, and within a step four sums, or six in f32,
+    /// which may be cut off instead of rounded; what the halves lose; the squares along 128 lanes; B t in one go; and the
+    /// rest as above.
     pub(super) fn roundings(&self) -> usize {
         let Case { dtype, cols, rank, .. } = self.case;
         if self.is_wide() {
-            let sixteens = cols.div_ceil(16);
-            let sums = if dtype == Dtype::F32 { sixteens + 12 + LOST_OF_W } else { 4 * sixteens };
+            let sums =
+                if dtype == Dtype::F32 { cols.div_ceil(16) + 12 + LOST_OF_W } else { cols.div_ceil(32) + 8 };
             let of_w = sums + self.lost() + 1 + (4 * cols.div_ceil(512) + 8) / 2 + 5;
             return of_w.max(self.roundings_of_t() + rank) + 2;
         }

@@ -5,7 +5,8 @@ use crate::device::{Source, Work};
 use crate::memory::State;
 use std::ffi::{c_int, c_uint};
 
-fn invalidate_captures(d: &mut Device) -> Result<(), Code> {
+/// What may not happen while a stream is captured ends the capture.
+pub(super) fn invalidate_captures(d: &mut Device) -> Result<(), Code> {
     if d.captures.is_empty() {
         return Ok(());
     }

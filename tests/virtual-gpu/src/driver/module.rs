@@ -84,6 +84,8 @@ fn release(d: &mut Device, globals: &[GlobalVariable]) {
 }
 
 fn load_text(d: &mut Device, text: &str) -> Result<u64, (Code, String)> {
+    let captured = |code| (code, "an image is loaded while a stream is captured".to_string());
+    super::memory::invalidate_captures(d).map_err(captured)?;
     let mut text = Cow::Borrowed(text);
     for mutation in d.mutations.clone() {
         if let Some(changed) = mutation.apply(&text) {
