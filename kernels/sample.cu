@@ -189,7 +189,8 @@ __device__ Threshold threshold(Shared& shared, u32 vocab_size, u64 above, KeyOf 
         shift -= DIGIT;
         count_digit(shared, vocab_size, found.key, shift, key_of, weight_of);
         if (shift + DIGIT == 32) {
-            found.enough = enough_of(shared.sums[0]);
+            // At least something, or no digit would be found where nothing weighs anything.
+            found.enough = max(enough_of(shared.sums[0]), 1ull);
             if (found.above + shared.sums[0] < found.enough) return found;
         }
         if (threadIdx.x < BINS) {
@@ -211,7 +212,7 @@ struct Draw {
     const float* x;
     float top;    // max x
     float scale;  // 1 / τ
-    float min_p;  // w at least
+    double least; // min-p: the exponent at least
     float floor;  // top-k: x at least
     u32 key;      // top-p: ordered(x) larger,
     u32 last;     // or equal, and the id at most this
@@ -223,7 +224,7 @@ struct Draw {
     __device__ bool keeps(u32 id) const {
         const u32 own = ordered(x[id]);
         if (!(x[id] >= floor) || own < key || (own == key && id > last)) return false;
-        return x[id] > -INFINITE && !(min_p > 0 && expf(exponent(id)) < min_p);
+        return x[id] > -INFINITE && double(exponent(id)) >= least;
     }
 };
 
@@ -272,8 +273,9 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void sample(const SampleArgs
     fuse_row(args, row, result, x);
     change_row(how, x, args.counts + u64(blockIdx.x) * args.vocab_stride, vocab_size);
     Best best = best_of(shared, vocab_size, [&](u32 id, float) { return x[id]; });
-    if (how.scale > 0 && best.id != NOBODY) {
-        Draw draw = {x, best.key, how.scale, how.min_p, -INFINITE, 0, NOBODY};
+    // A bias may have made one infinite: nothing is as probable.
+    if (how.scale > 0 && best.id != NOBODY && best.key < INFINITE) {
+        Draw draw = {x, best.key, how.scale, log(double(how.min_p)), -INFINITE, 0, NOBODY};
         truncate(shared, how, vocab_size, draw);
         best = best_of(shared, vocab_size, [&](u32 id, float ahead) {
             // No g is larger than 22.875.

@@ -100,9 +100,11 @@ fn requests() -> Vec<Request> {
         Request::new(prompt(6, 2), 8).rule(every(1, SearchMode::Refine)),
         Request::new(prompt(7, 5), 9).rule(every(2, SearchMode::Refine)).sampling(biased),
     ];
-    // Ends of the text are banned up to there: the step after it can't be foreseen.
-    requests[7].min_new_tokens = 5;
-    requests[7].stop_token_ids = vec![1, 2];
+    // Ends of the text are banned up to there: the step after it can't be foreseen. It lies in either half of the logits.
+    for (request, min_new_tokens) in [(0, 4), (7, 5)] {
+        requests[request].min_new_tokens = min_new_tokens;
+        requests[request].stop_token_ids = vec![1, 2];
+    }
     for request in &mut requests {
         request.ignore_eos = true;
     }

@@ -150,7 +150,8 @@ impl CudaBackend {
         let [on_large, on_small] = [true, false].map(|large| Needs::of(&ensemble, of_role(large), limits));
         let logits_bytes = half * size_of::<f32>();
         // Both halves, and the sampler's rows and counts.
-        let fused_bytes = 2 * logits_bytes + 2 * limits.slots * stride(vocab_size) * size_of::<f32>();
+        let sampled = 2 * fusion::capacity_of(limits.slots) * stride(vocab_size) * size_of::<f32>();
+        let fused_bytes = 2 * logits_bytes + sampled;
         if small_ordinal == ordinal {
             (on_large + on_small).with_logits(fused_bytes).check(&gpu)?;
         } else {
@@ -343,7 +344,8 @@ impl Backend for CudaBackend {
         let (ahead, machine) = self.parts();
         let (found, time) = if ahead.decided(&machine, foreseen)? {
             // SAFETY: `forward` has waited for them.
-            let time = fusion_time(unsafe { self.fuser.results(self.half) });
+            let results = unsafe { self.fuser.results(self.half) };
+            let time = fusion_time(&results[..rows.len().min(results.len())]);
             (self.decode(rows), Some(time))
         } else {
             (self.fuse_now(rows)?, None)

@@ -41,7 +41,8 @@ impl Sampler {
         }
         self.penalise(logits, params, history, prompt);
         let (top, max) = argmax(logits)?;
-        if params.temperature == 0.0 {
+        // A bias may have made one infinite: nothing is as probable.
+        if params.temperature == 0.0 || max == f32::INFINITY {
             return Some(top);
         }
         let scale = 1.0 / f64::from(params.temperature);

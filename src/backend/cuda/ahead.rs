@@ -170,6 +170,8 @@ impl Ahead {
     /// Waits for what is in flight, and leaves it.
     fn forget<T>(&mut self, machine: &Machine<'_>) -> Result<Option<T>> {
         if self.chain.take().is_some() {
+            // A step in flight has moved the lists on: they are those of the last one no more.
+            self.steady = false;
             machine.gpu.synchronize(machine.stream)?;
         }
         Ok(None)

@@ -110,6 +110,11 @@ pub(super) struct FuseShape {
     sampled: bool,
 }
 
+/// Rows of a launch at most, where there are so many slots: what a grid can be along y, and far less.
+pub(super) fn capacity_of(slots: usize) -> usize {
+    slots.clamp(1, 1024)
+}
+
 /// Fuses rows of logits that lie on the GPU.
 pub(crate) struct DeviceFuser {
     kernels: [Kernel; 4],
@@ -140,7 +145,7 @@ pub(crate) struct DeviceFuser {
 }
 
 impl DeviceFuser {
-    /// Room for one row for each slot of `place`.
+    /// Room for one row for each slot of `place`, up to [`capacity_of`].
     ///
     /// # Errors
     /// [`Error::Device`] where the GPU has too little memory, [`Error::Cuda`].
@@ -148,7 +153,7 @@ impl DeviceFuser {
         let experts = roles.num_experts();
         let lane_stride = most_lanes(experts);
         let slices = place.vocab_size.div_ceil(SLICE).max(1);
-        let capacity = place.slots.max(1);
+        let capacity = capacity_of(place.slots);
         let [a, b, c, d] = ROUNDS.map(|rounds| gpu.kernel("fusion", &format!("fuse_{rounds}")));
         let kernels = [a?, b?, c?, d?];
         let most = shared_bytes(experts, lane_stride);

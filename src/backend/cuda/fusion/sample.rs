@@ -100,12 +100,13 @@ impl Sampled {
     }
 }
 
-/// What the sampler's noise is measured against: 1/τ, or 0 for greedy.
+/// What the sampler's noise is measured against: 1/τ, or 0 for greedy. Finite, also times a logit: beyond 10³⁰ no noise
+/// tells two different logits apart.
 pub(super) fn scale(params: &SamplingParams) -> f32 {
-    if params.temperature == 0.0 { 0.0 } else { 1.0 / params.temperature }
+    if params.temperature == 0.0 { 0.0 } else { (1.0 / params.temperature).min(1e30) }
 }
 
-/// The biases and bans, one of each id.
+/// The biases and bans, one of each id: several of one id are summed before they are added.
 fn biases(params: &SamplingParams, banned: &[u32]) -> Vec<[u32; 2]> {
     let bans = banned.iter().map(|&id| (id, f32::NEG_INFINITY));
     let mut all: Vec<(u32, f32)> = params.logit_bias.iter().copied().chain(bans).collect();

@@ -102,6 +102,33 @@ fn tied_logits(vocab_size: usize) -> Vec<Vec<Vec<f32>>> {
 }
 
 #[test]
+fn extremes_choose_as_on_the_cpu() {
+    let models = random_logits(1, 2, 400, 3);
+    let base = SamplingParams { temperature: 1.0, ..SamplingParams::default() };
+    let cases = [
+        SamplingParams { temperature: 1e-39, ..base.clone() },
+        SamplingParams { temperature: 1e-39, top_p: 0.5, ..base.clone() },
+        SamplingParams { temperature: 1e-6, top_k: 5, ..base.clone() },
+        SamplingParams { temperature: 3e38, top_p: 0.3, ..base.clone() },
+        SamplingParams { temperature: 1e8, min_p: 1.0, ..base.clone() },
+        SamplingParams { top_p: f32::MIN_POSITIVE, ..base.clone() },
+        SamplingParams { logit_bias: vec![(3, 3e38), (3, 3e38)], top_p: 0.9, ..base.clone() },
+        SamplingParams { logit_bias: (0..400).map(|id| (id, -3e38)).collect(), top_p: 0.9, ..base.clone() },
+        SamplingParams { logit_bias: (0..400).map(|id| (id, f32::NEG_INFINITY)).collect(), ..base.clone() },
+        SamplingParams { frequency_penalty: -3e38, top_p: 0.9, ..base.clone() },
+        SamplingParams { repetition_penalty: 1e-38, min_p: 0.1, ..base },
+    ];
+    let ask = |(seed, params): (usize, &SamplingParams)| Ask {
+        params: SamplingParams { seed: seed as u64, ..params.clone() },
+        history: vec![7, 9, 9, 400, u32::MAX],
+        generated: 4,
+        banned: Vec::new(),
+    };
+    let asks: Vec<Ask> = cases.iter().cycle().take(4 * cases.len()).enumerate().map(ask).collect();
+    assert_chosen_alike(&models, &asks, &FusionRule::Large);
+}
+
+#[test]
 fn ties_at_the_border() {
     let models = tied_logits(900);
     let ask = |seed: u64| {
@@ -282,7 +309,8 @@ fn a_change_to_sampling_is_noticed() {
                 3 => {
                     ask.params.temperature = 0.0;
                     ask.params.repetition_penalty = 3.0;
-                    (ask.params.presence_penalty, ask.params.frequency_penalty) = (2.0, 1.5);
+                    // Negative ones: else an id that was never generated would win, whatever is done to the others.
+                    (ask.params.presence_penalty, ask.params.frequency_penalty) = (-2.0, -0.1);
                     (ask.history, ask.generated) = (tokens(), 2 * VOCAB_SIZE);
                 }
                 _ => {
