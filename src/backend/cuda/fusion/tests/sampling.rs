@@ -317,7 +317,7 @@ fn a_change_to_sampling_is_noticed() {
                     ask.params.min_p = 0.9;
                     let bias = |id: usize| (id as u32, ((id * 37 + seed) % 101) as f32 / 5.0);
                     ask.params.logit_bias = (0..VOCAB_SIZE).filter(|id| id % 3 > 0).map(bias).collect();
-                    if seed % 2 == 0 {
+                    if seed.is_multiple_of(2) {
                         (ask.params.repetition_penalty, ask.history) = (1.5, tokens());
                     }
                 }
