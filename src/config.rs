@@ -116,7 +116,8 @@ impl LlamaConfig {
     pub fn load(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
         let Some(config) = read_text(&path, MAX_CONFIG_BYTES)? else {
-            return Err(Error::io(path, std::io::ErrorKind::NotFound.into()));
+            let reason = "no such file; a model is a directory with one";
+            return Err(Error::io(path, std::io::Error::new(std::io::ErrorKind::NotFound, reason)));
         };
         let generation = read_text(&dir.join("generation_config.json"), MAX_CONFIG_BYTES)?;
         Self::from_json(&path, &config, generation.as_deref())

@@ -533,3 +533,33 @@ fn a_run_that_is_really_killed_resumes() {
     };
     assert_eq!(results("cut.jsonl"), results("whole.jsonl"));
 }
+
+#[test]
+fn what_changes_nothing_is_said_once() {
+    let stderr = |arguments: &[&str]| {
+        let output = Command::new(cargo_bin("dlf-engine")).args(arguments).output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let dropped = ["generate", "-n", "1", "--device", "cpu", "--alpha", "0.5", "--top-k", "3"];
+    let notes = stderr(&dropped);
+    assert!(notes.contains("note: --alpha is") && notes.contains("note: --top-k"), "{notes}");
+    assert_eq!(notes.lines().count(), 2);
+    assert_eq!(stderr(&[&dropped[..], &["--quiet"]].concat()), "");
+    assert_eq!(stderr(&["generate", "-n", "1", "--method", "static", "--alpha", "0.5"]), "");
+}
+
+#[test]
+fn an_error_says_its_cause_once() {
+    for (arguments, says) in [
+        (&["inspect", "nowhere-at-all"][..], "os error 2"),
+        (&["inspect", "models/demo"], "no such file"),
+        (&["generate", "--temperature", "-1"], "temperature: expected 0 or more, found -1"),
+        (&["generate", "-n", "-1"], "invalid digit"),
+    ] {
+        let output = Command::new(cargo_bin("dlf-engine")).args(arguments).output().unwrap();
+        assert!(!output.status.success());
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(text.matches(says).count(), 1, "{text}");
+    }
+}

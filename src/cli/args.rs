@@ -89,6 +89,30 @@ pub(crate) struct FusionArgs {
     pub(crate) dynamic: DynamicArgs,
 }
 
+impl FusionArgs {
+    /// What was given and changes nothing, with `sampling` where there is any.
+    pub(crate) fn moot(&self, sampling: Option<&SamplingArgs>) -> Vec<&'static str> {
+        let mut notes = Vec::new();
+        if self.method != Method::Static && !self.alpha.is_empty() {
+            notes.push("--alpha is a setting of --method static and changes nothing here");
+        }
+        if self.method != Method::Dynamic && !self.dynamic.alpha_grid.is_empty() {
+            notes.push("--alpha-grid is a setting of --method dynamic and changes nothing here");
+        }
+        let truncates =
+            |sampling: &SamplingArgs| sampling.top_k > 0 || sampling.top_p < 1.0 || sampling.min_p > 0.0;
+        if sampling.is_some_and(|sampling| sampling.temperature == 0.0 && truncates(sampling)) {
+            notes.push("--top-k, --top-p and --min-p change nothing at --temperature 0");
+        }
+        notes
+    }
+}
+
+/// A token id, with or without spaces around it.
+fn id(text: &str) -> Result<u32, String> {
+    text.trim().parse().map_err(|error| format!("{error}"))
+}
+
 /// How the dynamic method searches.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Fusion")]
@@ -145,25 +169,25 @@ impl From<ObjectiveName> for Objective {
 #[command(next_help_heading = "Sampling")]
 pub(crate) struct SamplingArgs {
     /// Generate at most N tokens.
-    #[arg(long, short = 'n', value_name = "N", default_value = "128")]
+    #[arg(long, short = 'n', value_name = "N", default_value = "128", allow_negative_numbers = true)]
     pub(crate) max_new_tokens: usize,
     /// Generate at least N tokens: no end token and no stop string before.
-    #[arg(long, value_name = "N", default_value = "0")]
+    #[arg(long, value_name = "N", default_value = "0", allow_negative_numbers = true)]
     pub(crate) min_new_tokens: usize,
     /// 0 is greedy.
-    #[arg(long, value_name = "T", default_value = "0")]
+    #[arg(long, value_name = "T", default_value = "0", allow_negative_numbers = true)]
     pub(crate) temperature: f32,
     /// Draw from the K most probable tokens; 0 is all.
-    #[arg(long, value_name = "K", default_value = "0")]
+    #[arg(long, value_name = "K", default_value = "0", allow_negative_numbers = true)]
     pub(crate) top_k: usize,
     /// Draw from the smallest set of tokens whose probability reaches P.
-    #[arg(long, value_name = "P", default_value = "1")]
+    #[arg(long, value_name = "P", default_value = "1", allow_negative_numbers = true)]
     pub(crate) top_p: f32,
     /// Draw from tokens at least P times as probable as the most probable one.
-    #[arg(long, value_name = "P", default_value = "0")]
+    #[arg(long, value_name = "P", default_value = "0", allow_negative_numbers = true)]
     pub(crate) min_p: f32,
     /// Make tokens seen before less probable: 1 is off.
-    #[arg(long, value_name = "X", default_value = "1")]
+    #[arg(long, value_name = "X", default_value = "1", allow_negative_numbers = true)]
     pub(crate) repetition_penalty: f32,
     /// Subtract X from the logits of tokens generated before.
     #[arg(long, value_name = "X", default_value = "0", allow_hyphen_values = true)]
@@ -175,7 +199,7 @@ pub(crate) struct SamplingArgs {
     #[arg(long, value_name = "ID=X", value_parser = bias, allow_hyphen_values = true)]
     pub(crate) logit_bias: Vec<(u32, f32)>,
     /// The same seed gives the same text.
-    #[arg(long, value_name = "N", default_value = "0")]
+    #[arg(long, value_name = "N", default_value = "0", allow_negative_numbers = true)]
     pub(crate) seed: u64,
     /// End the text before this string. May be given several times.
     #[arg(long, value_name = "S")]
@@ -255,23 +279,23 @@ pub(crate) struct RunArgs {
     pub(crate) device: DeviceArgs,
     /// The most memory of the key-value caches, of all models together: fewer sequences run at once where it is
     /// short [default: what --batch-size sequences take].
-    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Running")]
     pub(crate) kv_memory: Option<u32>,
     /// Sequences decoded together.
-    #[arg(long, value_name = "N", default_value = "8", value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(long, value_name = "N", default_value = "8", value_parser = clap::value_parser!(u16).range(1..=256), help_heading = "Running")]
     pub(crate) batch_size: u16,
     /// Print one JSON object for each input line.
-    #[arg(long)]
+    #[arg(long, help_heading = "Running")]
     pub(crate) json: bool,
     /// Write the JSON objects to a file instead of stdout, and the settings to F.jsonl.run.json.
-    #[arg(long, value_name = "F.jsonl")]
+    #[arg(long, value_name = "F.jsonl", help_heading = "Running")]
     pub(crate) output: Option<PathBuf>,
     /// Go on where a killed run stopped, with the same settings: keep the finished lines of --output (and of --trace),
     /// do the rest.
-    #[arg(long, requires = "output")]
+    #[arg(long, requires = "output", help_heading = "Running")]
     pub(crate) resume: bool,
     /// No progress bar, no colours, no closing line.
-    #[arg(long, short)]
+    #[arg(long, short, help_heading = "Running")]
     pub(crate) quiet: bool,
 }
 
@@ -281,20 +305,20 @@ pub(crate) struct GenerateArgs {
     #[command(flatten)]
     pub(crate) models: ModelArgs,
     /// The prompt.
-    #[arg(long, short, value_name = "T", group = "source")]
+    #[arg(long, short, value_name = "T", group = "source", help_heading = "Input")]
     pub(crate) prompt: Option<String>,
     /// A file with the prompt; - is stdin.
-    #[arg(long, value_name = "F", group = "source")]
+    #[arg(long, value_name = "F", group = "source", help_heading = "Input")]
     pub(crate) prompt_file: Option<PathBuf>,
     /// The prompt as token ids, taken as they are.
-    #[arg(long, value_name = "1,2,3", value_delimiter = ',', group = "source")]
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',', value_parser = id, group = "source", help_heading = "Input")]
     pub(crate) prompt_ids: Option<Vec<u32>>,
     /// One prompt a line: {"prompt": …}, optionally with "prompts": {"large": …, "small": …, "expert": …, NAME: …}
     /// for roles that have their own.
-    #[arg(long, value_name = "F.jsonl", group = "source")]
+    #[arg(long, value_name = "F.jsonl", group = "source", help_heading = "Input")]
     pub(crate) input: Option<PathBuf>,
     /// Put the prompt through each model's chat template; models without one get it as it is.
-    #[arg(long)]
+    #[arg(long, help_heading = "Input")]
     pub(crate) chat: bool,
     #[command(flatten)]
     pub(crate) fusion: FusionArgs,
@@ -313,14 +337,14 @@ pub(crate) struct ScoreArgs {
     #[command(flatten)]
     pub(crate) models: ModelArgs,
     /// The text.
-    #[arg(long, short, value_name = "T", group = "source")]
+    #[arg(long, short, value_name = "T", group = "source", help_heading = "Input")]
     pub(crate) text: Option<String>,
     /// The text as token ids, taken as they are.
-    #[arg(long, value_name = "1,2,3", value_delimiter = ',', group = "source")]
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',', value_parser = id, group = "source", help_heading = "Input")]
     pub(crate) ids: Option<Vec<u32>>,
     /// One text a line: {"text": …}, optionally with "prompt" (or "prompts" by role), which is read before the text
     /// and not scored.
-    #[arg(long, value_name = "F.jsonl", group = "source")]
+    #[arg(long, value_name = "F.jsonl", group = "source", help_heading = "Input")]
     pub(crate) input: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) fusion: FusionArgs,

@@ -44,6 +44,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<ExitCode> {
     for (index, request) in requests.into_iter().enumerate().skip(done) {
         generator.push(request).with_context(|| place(many, index))?;
     }
+    args.run.note(&args.fusion.moot(Some(&args.sampling)));
     let mut runs: Vec<Run> = prompt_tokens.into_iter().map(Run::new).collect();
     for step in generator {
         match step {

@@ -22,6 +22,7 @@ pub(super) fn run(args: &ScoreArgs) -> Result<ExitCode> {
     let items = items(args)?;
     let ensemble = Arc::new(args.models.load(&args.fusion.method)?);
     let rule = args.fusion.rule(&ensemble)?;
+    args.run.note(&args.fusion.moot(None));
     let encoder = Encoder { ensemble: &ensemble, chat: false };
     let mut texts = Vec::with_capacity(items.len());
     for (index, item) in items.iter().enumerate() {
@@ -203,7 +204,8 @@ fn table(steps: &[Step]) -> String {
             step.index, step.token, decision.logprob_fused, step.piece
         ));
     }
-    let sum: f64 = steps.iter().map(|step| step.decision.logprob_fused).sum();
+    // The sum of nothing is −0.
+    let sum = 0.0 + steps.iter().map(|step| step.decision.logprob_fused).sum::<f64>();
     text.push_str(&format!("sum of log P̃ over {} tokens: {sum:.4}\n", steps.len()));
     text
 }

@@ -1,5 +1,6 @@
 //! From flags to an ensemble, a rule, and a backend.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -144,6 +145,14 @@ impl SamplingArgs {
 }
 
 impl RunArgs {
+    /// Tells what somebody who isn't told may wonder about.
+    pub(crate) fn note(&self, notes: &[&str]) {
+        for note in notes.iter().filter(|_| !self.quiet) {
+            // Nothing is lost where stderr is closed.
+            let _ = writeln!(std::io::stderr(), "note: {note}");
+        }
+    }
+
     /// A generator whose cache holds the longest of `requests` at least `batch_size` times, unless `--kv-memory` is
     /// less than that.
     pub(crate) fn generator(&self, ensemble: Arc<Ensemble>, requests: &[Request]) -> Result<Generator> {

@@ -54,8 +54,8 @@ pub(super) struct DecodeArgs {
 pub(super) struct PrefillArgs {
     #[command(flatten)]
     pub(super) models: ModelBenchArgs,
-    /// Tokens of the prompt.
-    #[arg(long, short, value_name = "N,…", value_delimiter = ',', default_value = "512", value_parser = clap::value_parser!(u32).range(1..))]
+    /// Tokens of the prompt [default: 512, of the demo ensemble 128].
+    #[arg(long, short, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
     prompt: Vec<u32>,
     /// Tokens before it. The cache is there, and holds zeros.
     #[arg(long, short, value_name = "N,…", value_delimiter = ',', default_value = "0")]
@@ -243,10 +243,16 @@ pub(super) fn prefill(
     add: &mut dyn FnMut(Record) -> Result<()>,
 ) -> Result<()> {
     let most = |numbers: &[u32]| numbers.iter().copied().max().unwrap_or(0) as usize;
-    args.models.each(most(&args.depth) + most(&args.prompt), |subject| {
+    let is_demo = args.models.shape.is_empty() && args.models.models.is_demo();
+    let prompts = match &args.prompt[..] {
+        [] if is_demo => &[128],
+        [] => &[512],
+        given => given,
+    };
+    args.models.each(most(&args.depth) + most(prompts), |subject| {
         for target in &mut *targets {
             for &depth in &args.depth {
-                for &prompt in &args.prompt {
+                for &prompt in prompts {
                     let (depth, prompt) = (depth as usize, prompt as usize);
                     let samples = prefill_samples(args, (subject, target), (depth, prompt))?;
                     let test = format!("pp{prompt}{}", depth_name(depth));

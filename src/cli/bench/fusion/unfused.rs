@@ -134,7 +134,12 @@ impl Unfused {
     ) -> Result<Self> {
         let Case { vocab, experts, batch, .. } = case;
         let image = IMAGES.iter().find(|(name, _)| *name == MODULE).map(|&(_, image)| image);
-        let kernel = |symbol| gpu.kernel_of(MODULE, image, symbol);
+        let kernel = |symbol| {
+            let kernel = gpu.kernel_of(MODULE, image, symbol)?;
+            // Launches may be recorded, and while they are nothing can be loaded.
+            gpu.load(&kernel)?;
+            Result::Ok(kernel)
+        };
         let kernels = Kernels {
             subtract: kernel("subtract")?,
             tilt: kernel("tilt")?,
