@@ -259,7 +259,7 @@ __device__ void truncate(Shared& shared, const SampleRow& how, u32 vocab_size, D
 // grid   (rows) × 512 threads
 // bytes  a row's logits of every model once, x written and read 2 times from the L2 cache, and 4 to 8 times more for each
 //        of top-k and top-p: 4 · vocab_size each
-// bound  latency, of walks by one block: a few µs each at 32000 tokens
+// bound  latency, of walks by one block
 // needs  results of the same rows, by `fuse`; an id at most once among the biases; counts zero before the first launch;
 //        history and biases as long as they say
 extern "C" __global__ __launch_bounds__(THREADS, 1) void sample(const SampleArgs args) {
