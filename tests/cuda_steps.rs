@@ -99,9 +99,10 @@ fn requests() -> Vec<Request> {
         Request::new(prompt(5, 7), 10).sampling(truncated),
         Request::new(prompt(6, 2), 8).rule(every(1, SearchMode::Refine)),
         Request::new(prompt(7, 5), 9).rule(every(2, SearchMode::Refine)).sampling(biased),
+        Request::new(prompt(8, 5), 9),
     ];
     // Ends of the text are banned up to there: the step after it can't be foreseen. It lies in either half of the logits.
-    for (request, min_new_tokens) in [(0, 4), (7, 5)] {
+    for (request, min_new_tokens) in [(8, 4), (7, 5)] {
         requests[request].min_new_tokens = min_new_tokens;
         requests[request].stop_token_ids = vec![1, 2];
     }
@@ -117,7 +118,7 @@ fn graphs_give_what_eager_launches_give() {
     for ensemble in [ensemble(2), Arc::new(Ensemble::from_models(models).unwrap())] {
         // Alone, where a long chain of steps runs ahead, and all together, where sequences end and chains break.
         let mut launched = 0;
-        for range in (0..8).map(|one| one..one + 1).chain([0..5, 0..8]) {
+        for range in (0..9).map(|one| one..one + 1).chain([0..5, 0..9]) {
             let (eager_gpu, mut eager) = open(&ensemble, false);
             let (gpu, mut graphs) = open(&ensemble, true);
             for request in &requests()[range] {
