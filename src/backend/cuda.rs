@@ -290,7 +290,7 @@ impl CudaBackend {
                 machine.fuser.launch(gpu, stream, shape, places[0].table, 0)?;
                 machine.fuser.fetch(gpu, stream, shape, 0)?;
                 let done = gpu.record(stream)?;
-                ahead.begin(&mut machine, encoded, shape)?;
+                ahead.begin(&mut machine, (encoded, shape), room)?;
                 self.gpu.wait_for(&done)?;
                 return Ok(self.decode(rows));
             }

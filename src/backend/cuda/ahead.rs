@@ -219,14 +219,14 @@ impl Ahead {
         self.rows.iter().zip(&self.blocks).map(left).min().unwrap_or(0)
     }
 
-    /// Launches the step after one that was computed on demand, whose rows of fusion were just launched in half 0.
+    /// Launches the step after one that was computed on demand, whose rows of fusion were just launched in half 0, with
+    /// room for `room` steps.
     pub(crate) fn begin(
         &mut self,
         machine: &mut Machine<'_>,
-        fused: Vec<Encoded>,
-        shape: FuseShape,
+        (fused, shape): (Vec<Encoded>, FuseShape),
+        room: usize,
     ) -> Result<()> {
-        let room = self.room(machine);
         self.chain = Some(Chain { fused, shape, flying: None, room });
         self.launch(machine, 1)
     }

@@ -92,9 +92,8 @@ impl Sampled {
         if self.remembers() {
             row.history = here(lists);
             lists.extend_from_slice(&self.history);
-            lists.resize(lists.len() + room.next_multiple_of(2), 0);
-            // Biases are pairs, and lie at whole ones.
-            lists.resize(lists.len().next_multiple_of(2), 0);
+            // Biases, which come next, are pairs, and lie at whole ones.
+            lists.resize((lists.len() + room).next_multiple_of(2), 0);
         }
         row
     }

@@ -150,7 +150,7 @@ fn ties_at_the_border() {
 fn what_is_kept_is_drawn_and_nothing_else() {
     // Ids 0 … 9 have the probabilities 2⁻¹, 2⁻², …: top-k, top-p and min-p each leave out what they should.
     let logits: Vec<f32> = (0..10).map(|id| -(id as f32) * 2.0_f32.ln()).collect();
-    let models = vec![vec![logits]];
+    let models = vec![vec![logits]; 3];
     let base = SamplingParams { temperature: 1.0, ..SamplingParams::default() };
     let cases = [
         (SamplingParams { top_k: 3, ..base.clone() }, 3),
@@ -168,31 +168,12 @@ fn what_is_kept_is_drawn_and_nothing_else() {
             .iter()
             .map(|ask| FuseRow { slot: 0, step: 0, rule: &rule, held: None, choice: ask.choice() })
             .collect();
+        let decisions = decided(&models, &rows, |_| {}).1.unwrap();
         let drawn: std::collections::BTreeSet<u32> =
-            large_alone(&models, &rows).into_iter().map(|decision| decision.unwrap().token).collect();
+            decisions.into_iter().map(|decision| decision.unwrap().token).collect();
         // The rarest that is kept has a probability of at least 1/15 of the rest: 150 draws miss it once in 30 000.
         assert_eq!(drawn, (0..kept).collect(), "{params:?}");
     }
-}
-
-/// What the device decides from the large model alone.
-fn large_alone(models: &[Vec<Vec<f32>>], rows: &[FuseRow<'_>]) -> Vec<Result<Decision>> {
-    let (device, gpu) = virtual_gpu("rtx4090");
-    let stream = gpu.stream().unwrap();
-    let numbers = &models[0][0];
-    let logits = gpu.upload(&stream, numbers, "logits").unwrap();
-    let table = gpu.upload(&stream, &[logits.address()], "logits").unwrap();
-    let place = LogitsPlace {
-        address: logits.address(),
-        table: table.address(),
-        vocab_size: numbers.len(),
-        vocab_stride: numbers.len(),
-        slots: 1,
-    };
-    let mut fuser = DeviceFuser::new(&gpu, &stream, Roles(vec![Role::Large]), place).unwrap();
-    let decisions = fuser.fuse(&gpu, &stream, place.table, rows).unwrap();
-    assert_eq!(device.reports(), []);
-    decisions
 }
 
 #[test]
@@ -249,7 +230,8 @@ fn the_refined_distribution_is_drawn_from() {
     }
 }
 
-/// The tokens and α of rows on a GPU whose kernels were changed; `None` where it failed, or something was reported.
+/// How many places of the kernels `change` has changed, and what is then decided; `None` where the GPU failed, or
+/// something was reported.
 fn decided(
     models: &[Vec<Vec<f32>>],
     rows: &[FuseRow<'_>],
