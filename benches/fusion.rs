@@ -51,9 +51,11 @@ fn refined(bencher: Bencher<'_, '_>, size: (usize, usize)) {
     search(bencher, size, DynamicRule { mode: SearchMode::Refine, ..DynamicRule::default() }, Fuser::new());
 }
 
-#[divan::bench(args = [SIZES[0]])]
-fn one_pass_portable(bencher: Bencher<'_, '_>, size: (usize, usize)) {
-    search(bencher, size, DynamicRule::default(), Fuser::portable());
+/// Each instruction set that this CPU has.
+#[divan::bench(args = Fuser::every().map(|fuser| fuser.instructions()))]
+fn one_pass_with(bencher: Bencher<'_, '_>, instructions: &str) {
+    let named = Fuser::every().find(|fuser| fuser.instructions() == instructions);
+    search(bencher, SIZES[0], DynamicRule::default(), named.unwrap_or_default());
 }
 
 #[divan::bench(args = SIZES, sample_count = 20)]

@@ -332,10 +332,12 @@ impl Kernel for Chunk<'_, '_> {
             while query < active.end {
                 let q = &queries[query * head_dim..];
                 let to = &mut scores[query * CHUNK + from - start..];
+                // Twelve accumulators hide the latency of a multiplication.
                 query += match active.end - query {
                     1 => score_block::<S, 1>(simd, q, keys, head_dim, to),
                     2 => score_block::<S, 2>(simd, q, keys, head_dim, to),
                     3..6 => score_block::<S, 3>(simd, q, keys, head_dim, to),
+                    12.. if S::LANES == BLOCK_SIZE => score_block::<S, 12>(simd, q, keys, head_dim, to),
                     _ => score_block::<S, 6>(simd, q, keys, head_dim, to),
                 };
             }
@@ -376,26 +378,27 @@ fn score_block<S: Simd, const N: usize>(
 ) -> usize {
     assert!(queries.len() >= N * head_dim && keys.len() >= head_dim * BLOCK_SIZE);
     assert!(scores.len() >= (N - 1) * CHUNK + BLOCK_SIZE);
+    // Of one register a block, the second half of this stays unused.
+    let registers = BLOCK_SIZE / S::LANES;
     let mut acc = [[simd.zero(); 2]; N];
     for d in 0..head_dim {
-        // SAFETY: asserted above.
-        let (k0, k1) = unsafe {
-            let keys = keys.as_ptr().add(d * BLOCK_SIZE);
-            (simd.load_at(keys), simd.load_at(keys.add(LANES)))
-        };
+        let mut k = [simd.zero(); 2];
+        for (j, k) in k[..registers].iter_mut().enumerate() {
+            // SAFETY: asserted above.
+            *k = unsafe { simd.load_at(keys.as_ptr().add(d * BLOCK_SIZE + j * S::LANES)) };
+        }
         for (i, acc) in acc.iter_mut().enumerate() {
             // SAFETY: asserted above.
             let q = simd.splat(unsafe { *queries.get_unchecked(i * head_dim + d) });
-            acc[0] = simd.fma(q, k0, acc[0]);
-            acc[1] = simd.fma(q, k1, acc[1]);
+            for (acc, &k) in acc[..registers].iter_mut().zip(&k) {
+                *acc = simd.fma(q, k, *acc);
+            }
         }
     }
     for (i, acc) in acc.iter().enumerate() {
-        // SAFETY: asserted above.
-        unsafe {
-            let scores = scores.as_mut_ptr().add(i * CHUNK);
-            simd.store_at(scores, acc[0]);
-            simd.store_at(scores.add(LANES), acc[1]);
+        for (j, &acc) in acc[..registers].iter().enumerate() {
+            // SAFETY: asserted above.
+            unsafe { simd.store_at(scores.as_mut_ptr().add(i * CHUNK + j * S::LANES), acc) };
         }
     }
     N
@@ -406,7 +409,7 @@ fn score_block<S: Simd, const N: usize>(
 fn exponentials<S: Simd>(simd: S, scores: &mut [f32], seen: usize) -> (f32, f32) {
     let (scores, _) = scores.split_at_mut(padded(seen));
     scores[seen..].fill(f32::NEG_INFINITY);
-    let (scores, _) = scores.as_chunks_mut();
+    let scores = S::parts_mut(scores.as_chunks_mut().0);
     let mut max = simd.splat(f32::NEG_INFINITY);
     for x in &*scores {
         max = simd.max(max, simd.load(x));
@@ -436,7 +439,7 @@ fn add_values<S: Simd, const N: usize>(
     assert!(count <= BLOCK_SIZE && values.len() >= BLOCK_SIZE * width);
     let mut d = 0;
     while d < width {
-        d += if width - d >= 4 * LANES {
+        d += if width - d >= 4 * S::LANES {
             add_columns::<S, N, 4>(simd, p, values, width, count, out, d)
         } else {
             add_columns::<S, N, 1>(simd, p, values, width, count, out, d)
@@ -460,7 +463,7 @@ fn add_columns<S: Simd, const N: usize, const D: usize>(
     for (i, acc) in acc.iter_mut().enumerate() {
         for (j, acc) in acc.iter_mut().enumerate() {
             // SAFETY: `add_values` asserted the lengths, and d + D vectors is at most `width`.
-            *acc = unsafe { simd.load_at(out.as_ptr().add(i * width + d + j * LANES)) };
+            *acc = unsafe { simd.load_at(out.as_ptr().add(i * width + d + j * S::LANES)) };
         }
     }
     for position in 0..count {
@@ -472,7 +475,7 @@ fn add_columns<S: Simd, const N: usize, const D: usize>(
         }
         for j in 0..D {
             // SAFETY: as above.
-            let v = unsafe { simd.load_at(values.as_ptr().add(position * width + d + j * LANES)) };
+            let v = unsafe { simd.load_at(values.as_ptr().add(position * width + d + j * S::LANES)) };
             for (acc, &weight) in acc.iter_mut().zip(&weights) {
                 acc[j] = simd.fma(weight, v, acc[j]);
             }
@@ -481,10 +484,10 @@ fn add_columns<S: Simd, const N: usize, const D: usize>(
     for (i, acc) in acc.iter().enumerate() {
         for (j, &acc) in acc.iter().enumerate() {
             // SAFETY: as above.
-            unsafe { simd.store_at(out.as_mut_ptr().add(i * width + d + j * LANES), acc) };
+            unsafe { simd.store_at(out.as_mut_ptr().add(i * width + d + j * S::LANES), acc) };
         }
     }
-    D * LANES
+    D * S::LANES
 }
 
 /// Adds the state of one chunk to that of those before it: both are rescaled to the larger maximum.
@@ -507,7 +510,8 @@ impl Kernel for Merge<'_> {
         let (old, new) = (exp(simd, simd.splat(*self.max - max)), exp(simd, simd.splat(part_max - max)));
         *self.max = max;
         *self.sum = simd.lanes(old)[0] * *self.sum + simd.lanes(new)[0] * part_sum;
-        for (out, part) in self.out.as_chunks_mut().0.iter_mut().zip(part_out.as_chunks().0) {
+        let (out, part) = (S::parts_mut(self.out.as_chunks_mut().0), S::parts(part_out.as_chunks().0));
+        for (out, part) in out.iter_mut().zip(part) {
             let scaled = simd.mul(old, simd.load(out));
             simd.store(out, simd.fma(new, simd.load(part), scaled));
         }

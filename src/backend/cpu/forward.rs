@@ -187,7 +187,12 @@ impl Group {
             let embedding = Numbers::of(&machine.ensemble.models()[row.model].weights.embed_tokens);
             let token = row.token as usize;
             let to = &mut hidden.data_mut()[i * stride..(i + 1) * stride];
-            embedding.part(token * hidden_size..(token + 1) * hidden_size).convert(isa, hidden_size, to);
+            embedding.part(token * hidden_size..(token + 1) * hidden_size).convert(
+                isa,
+                hidden_size,
+                to,
+                stride,
+            );
             let at = i * angles..i * angles + self.config.head_dim / 2;
             let mut ropes = self.models.iter().zip(&self.ropes);
             if let Some((_, rope)) = ropes.find(|(model, _)| **model == row.model) {

@@ -57,9 +57,15 @@ impl Fuser {
         Self::with_isa(Isa::detect())
     }
 
-    /// With nothing but the baseline instructions of the target.
-    pub fn portable() -> Self {
-        Self::with_isa(Isa::Portable)
+    /// One for each instruction set that this CPU has, from the plainest to the best, which [`new`](Self::new) takes.
+    /// They differ by rounding.
+    pub fn every() -> impl Iterator<Item = Self> {
+        Isa::every().map(Self::with_isa)
+    }
+
+    /// The name of its instructions.
+    pub fn instructions(&self) -> &'static str {
+        self.isa.name()
     }
 
     /// With instructions that the machine is known to have.

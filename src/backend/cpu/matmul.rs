@@ -1,22 +1,25 @@
 //! y = x Wᵀ, from one row to a long prompt, with the same bits.
 //!
-//! Every output is one accumulator of eight lanes that runs over k in steps of eight, then one sum of its lanes:
+//! Every output is one accumulator of a register's lanes that runs over k in steps of as many, then one sum of its lanes:
 //! neither the number of rows, nor the tile an output falls into, nor the thread changes its rounding. Weights are
 //! row-major as stored, `(out, in)`, so both operands are contiguous in k.
 
 use half::{bf16, f16};
 
-use super::simd::{Element, Isa, Kernel, LANES, Simd, padded};
+use super::simd::{Element, Isa, Kernel, Simd, padded};
 
 /// Activation rows of a tile.
 const TILE_ROWS: usize = 3;
 
-/// Weight rows of a tile of several activation rows: with three twelve accumulators, three vectors of x and one of w fill
-/// the sixteen registers, and seven loads feed twelve multiplications.
+/// Weight rows of a tile of several activation rows: with three twelve accumulators, three registers of x and one of w
+/// fill sixteen registers, and seven loads feed twelve multiplications.
 const TILE_COLS: usize = 4;
 
-/// Steps of k in one go: 1024 floats of four weight rows and of three activation rows stay in a 32 KiB L1.
-const BLOCK_STEPS: usize = 1024 / LANES;
+/// As [`TILE_COLS`], where there are 32 registers: 28 are used, and eleven loads feed 24 multiplications.
+const WIDE_TILE_COLS: usize = 8;
+
+/// Floats of a tile's weight rows and of its activation rows that stay in an L1 of 32 KiB.
+const BLOCK_FLOATS: usize = 8 << 10;
 
 /// How far ahead weights are asked for where they come from memory, in bytes, unless a tile is longer.
 const AHEAD: usize = 8 << 10;
@@ -67,6 +70,7 @@ impl<E: Element> Kernel for MatMul<'_, E> {
         match (this.rows, size_of::<E>()) {
             (1, 4) => this.tiles::<S, 1>(simd),
             (1, _) => this.tiles::<S, 2>(simd),
+            _ if S::MANY_REGISTERS => this.tiles::<S, WIDE_TILE_COLS>(simd),
             _ => this.tiles::<S, TILE_COLS>(simd),
         }
     }
@@ -80,21 +84,23 @@ impl<E: Element> MatMul<'_, E> {
     /// 16-bit weights come in the same time, and two rows a tile hide that.
     #[inline(always)]
     fn tiles<S: Simd, const N: usize>(&mut self, simd: S) {
-        let whole = self.cols - self.cols % N;
-        for col in (0..whole).step_by(N) {
-            self.columns::<S, N>(simd, col);
-        }
-        for col in whole..self.cols {
-            self.columns::<S, 1>(simd, col);
+        let mut col = 0;
+        while col < self.cols {
+            col += match self.cols - col {
+                left if left >= N => self.columns::<S, N>(simd, col),
+                left if left >= TILE_COLS && N > TILE_COLS => self.columns::<S, TILE_COLS>(simd, col),
+                _ => self.columns::<S, 1>(simd, col),
+            };
         }
     }
 
-    /// All rows of `N` columns from `col` on.
+    /// All rows of `N` columns from `col` on; returns `N`.
     #[inline(always)]
-    fn columns<S: Simd, const N: usize>(&mut self, simd: S, col: usize) {
-        let steps = self.k.div_ceil(LANES);
-        if steps > BLOCK_STEPS && self.rows > TILE_ROWS {
-            return self.columns_blocked::<S, N>(simd, col);
+    fn columns<S: Simd, const N: usize>(&mut self, simd: S, col: usize) -> usize {
+        let blocks = (self.k * (N + TILE_ROWS)).div_ceil(BLOCK_FLOATS);
+        if blocks > 1 && self.rows > TILE_ROWS {
+            self.columns_blocked::<S, N>(simd, col, blocks);
+            return N;
         }
         // Weights that serve one tile only come from memory, not from a cache.
         let stream = self.rows <= TILE_ROWS;
@@ -109,15 +115,17 @@ impl<E: Element> MatMul<'_, E> {
                 (_, false) => self.tile::<S, TILE_ROWS, N, false>(simd, row, col),
             };
         }
+        N
     }
 
     /// As [`columns`](Self::columns), in blocks of k: accumulators wait in memory between the blocks.
     #[inline(always)]
-    fn columns_blocked<S: Simd, const N: usize>(&mut self, simd: S, col: usize) {
+    fn columns_blocked<S: Simd, const N: usize>(&mut self, simd: S, col: usize, blocks: usize) {
         let mut waiting = [[[simd.zero(); N]; TILE_ROWS]; BLOCK_ROWS.div_ceil(TILE_ROWS)];
-        let steps = self.k.div_ceil(LANES);
-        for start in (0..steps).step_by(BLOCK_STEPS) {
-            let end = steps.min(start + BLOCK_STEPS);
+        let steps = self.k.div_ceil(S::LANES);
+        let block = steps.div_ceil(blocks);
+        for start in (0..steps).step_by(block) {
+            let end = steps.min(start + block);
             for (row, acc) in (0..self.rows).step_by(TILE_ROWS).zip(&mut waiting) {
                 match self.rows - row {
                     1 => self.accumulate::<S, 1, N, false>(simd, acc, row, col, start..end),
@@ -141,12 +149,12 @@ impl<E: Element> MatMul<'_, E> {
         col: usize,
     ) -> usize {
         let mut acc = [[simd.zero(); N]; M];
-        self.accumulate::<S, M, N, STREAM>(simd, &mut acc, row, col, 0..self.k.div_ceil(LANES));
+        self.accumulate::<S, M, N, STREAM>(simd, &mut acc, row, col, 0..self.k.div_ceil(S::LANES));
         self.finish(simd, &acc, row, col);
         M
     }
 
-    /// acc += x wᵀ over `steps` of eight k, for the first `M` rows of `acc`.
+    /// acc += x wᵀ over `steps` of a register's k each, for the first `M` rows of `acc`.
     ///
     /// With `STREAM`, the weights of a later tile are asked for in the order they lie in memory: a tile reads
     /// short rows, several at once, which the hardware doesn't see coming.
@@ -166,18 +174,18 @@ impl<E: Element> MatMul<'_, E> {
         let (x, w) =
             unsafe { (self.x.as_ptr().add(row * self.x_stride), self.w.as_ptr().add(col * self.w_stride)) };
         let ahead = AHEAD.max(N * self.w_stride * size_of::<E>());
-        let whole = steps.end.min(self.k / LANES);
-        let mut k = steps.start * LANES;
-        while k < whole * LANES {
+        let whole = steps.end.min(self.k / S::LANES);
+        let mut k = steps.start * S::LANES;
+        while k < whole * S::LANES {
             if STREAM {
                 let next = w.wrapping_add(N * k).cast::<u8>().wrapping_add(ahead);
-                for line in (0..N * LANES * size_of::<E>()).step_by(CACHE_LINE) {
+                for line in (0..N * S::LANES * size_of::<E>()).step_by(CACHE_LINE) {
                     simd.prefetch(next.wrapping_add(line));
                 }
             }
             let mut xs = [simd.zero(); M];
             for (i, x_row) in xs.iter_mut().enumerate() {
-                // SAFETY: as above; k + 8 is at most `self.k`.
+                // SAFETY: as above; k + S::LANES is at most `self.k`.
                 *x_row = unsafe { simd.load_at(x.add(i * self.x_stride + k)) };
             }
             for j in 0..N {
@@ -187,7 +195,7 @@ impl<E: Element> MatMul<'_, E> {
                     acc[j] = simd.fma(x_row, w_row, acc[j]);
                 }
             }
-            k += LANES;
+            k += S::LANES;
         }
         if whole < steps.end {
             for j in 0..N {
@@ -208,13 +216,13 @@ impl<E: Element> MatMul<'_, E> {
     fn finish<S: Simd, const N: usize>(&mut self, simd: S, acc: &[[S::V; N]], row: usize, col: usize) {
         for (i, acc) in acc.iter().enumerate() {
             let start = (row + i) * self.y_stride + col;
-            let y = &mut self.y[start..start + N];
-            if let (Ok(y), &[a, b, c, d]) = (<&mut [f32; 4]>::try_from(&mut *y), acc.as_slice()) {
-                *y = simd.sum4([a, b, c, d]);
-            } else {
-                for (y, &acc) in y.iter_mut().zip(acc) {
-                    *y = simd.sum(acc);
-                }
+            let (fours, rest) = self.y[start..start + N].as_chunks_mut();
+            let (acc_fours, acc_rest) = acc.as_chunks();
+            for (y, &acc) in fours.iter_mut().zip(acc_fours) {
+                *y = simd.sum4(acc);
+            }
+            for (y, &acc) in rest.iter_mut().zip(acc_rest) {
+                *y = simd.sum(acc);
             }
         }
     }
@@ -227,8 +235,10 @@ pub(crate) struct Convert<'a, E> {
     pub(crate) from: &'a [E],
     /// Numbers in a row.
     pub(crate) k: usize,
-    /// `(rows, padded(k))`.
+    /// `(rows, k)`, rows `stride` apart.
     pub(crate) to: &'a mut [f32],
+    /// At least `k` rounded up to whole vectors.
+    pub(crate) stride: usize,
 }
 
 impl<E: Element> Kernel for Convert<'_, E> {
@@ -236,8 +246,8 @@ impl<E: Element> Kernel for Convert<'_, E> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        for (from, to) in self.from.chunks_exact(self.k).zip(self.to.chunks_exact_mut(padded(self.k))) {
-            for (from, to) in from.chunks(LANES).zip(to.as_chunks_mut().0) {
+        for (from, to) in self.from.chunks_exact(self.k).zip(self.to.chunks_exact_mut(self.stride)) {
+            for (from, to) in from.chunks(S::LANES).zip(S::parts_mut(to.as_chunks_mut().0)) {
                 simd.store(to, E::load_padded(simd, from));
             }
         }
@@ -274,12 +284,12 @@ impl<'a> Numbers<'a> {
         }
     }
 
-    /// Converts rows of `k` numbers to f32, each followed by zeros up to whole vectors.
-    pub(crate) fn convert(self, isa: Isa, k: usize, to: &mut [f32]) {
+    /// Converts rows of `k` numbers to f32, `stride` apart, each followed by zeros up to whole vectors.
+    pub(crate) fn convert(self, isa: Isa, k: usize, to: &mut [f32], stride: usize) {
         match self {
-            Self::F32(from) => isa.run(Convert { from, k, to }),
-            Self::F16(from) => isa.run(Convert { from, k, to }),
-            Self::Bf16(from) => isa.run(Convert { from, k, to }),
+            Self::F32(from) => isa.run(Convert { from, k, to, stride }),
+            Self::F16(from) => isa.run(Convert { from, k, to, stride }),
+            Self::Bf16(from) => isa.run(Convert { from, k, to, stride }),
         }
     }
 

@@ -2,7 +2,13 @@
 
 use std::marker::PhantomData;
 
-use super::simd::padded;
+use super::simd::{LANES, padded};
+
+/// The distance between rows of `cols` numbers that several rows are read of at once: whole vectors, and an odd number
+/// of them, so that rows don't meet in the same sets of a cache.
+pub(crate) const fn stride(cols: usize) -> usize {
+    padded(cols) | LANES
+}
 
 /// Rows of f32, each followed by zeros up to whole vectors: kernels never need a tail in k.
 #[derive(Debug)]
@@ -14,7 +20,7 @@ pub(crate) struct Matrix {
 impl Matrix {
     /// Zeros, `(rows, cols)`.
     pub(crate) fn new(rows: usize, cols: usize) -> Self {
-        Self { data: vec![0.0; rows * padded(cols)], cols }
+        Self { data: vec![0.0; rows * stride(cols)], cols }
     }
 
     /// Numbers in a row.
@@ -24,7 +30,7 @@ impl Matrix {
 
     /// The distance between rows.
     pub(crate) fn stride(&self) -> usize {
-        padded(self.cols)
+        stride(self.cols)
     }
 
     /// All rows with their padding.

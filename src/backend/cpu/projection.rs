@@ -8,7 +8,7 @@ use std::ops::Range;
 use arrayvec::ArrayVec;
 
 use super::matmul::{BLOCK_ROWS, MatMul, Numbers};
-use super::matrix::{Matrix, Shared};
+use super::matrix::{Matrix, Shared, stride};
 use super::pool::Pool;
 use super::rowwise::{AddScaled, SiluMul};
 use super::simd::{Isa, padded};
@@ -136,7 +136,7 @@ pub(crate) struct TileScratch {
 impl TileScratch {
     /// For sums of up to `k` terms.
     pub(crate) fn new(k: usize) -> Self {
-        let panel = PANEL_FLOATS.max(4 * padded(k));
+        let panel = PANEL_FLOATS.max(8 * stride(k));
         Self {
             panels: [vec![0.0; panel], vec![0.0; panel]],
             tiles: std::array::from_fn(|_| vec![0.0; TILE_FLOATS]),
@@ -175,12 +175,12 @@ impl Region<'_> {
     fn cut(&self, product: &Product<'_>, all_cols: usize, wanted: usize) -> Cut {
         let rows = product.rows.1 - product.rows.0;
         let k = self.k(product);
-        let mut cols = all_cols.div_ceil(wanted).next_multiple_of(4).clamp(TASK_COLS.start, TASK_COLS.end);
+        let mut cols = all_cols.div_ceil(wanted).next_multiple_of(8).clamp(TASK_COLS.start, TASK_COLS.end);
         let mut most_rows = rows;
         if rows >= CONVERT_ROWS {
             let matrices = 1 + usize::from(product.second.is_some());
-            let fit = PANEL_FLOATS / matrices / padded(k);
-            cols = cols.min((fit - fit % 4).clamp(4, TILE_FLOATS / BLOCK_ROWS - 5));
+            let fit = PANEL_FLOATS / matrices / stride(k);
+            cols = cols.min((fit - fit % 8).clamp(8, TILE_FLOATS / BLOCK_ROWS - 5));
             // Few columns and many threads: cut the rows, too, but never below what pays for a conversion.
             let columns = product.cols.div_ceil(cols);
             most_rows = rows.div_ceil((wanted / 2).div_ceil(columns)).next_multiple_of(BLOCK_ROWS);
@@ -207,7 +207,7 @@ impl Region<'_> {
         let second =
             product.second.map(|w| (w, Panel::new(self.isa, w.weight, k, col..col + cols, convert, panel2)));
         // A block of activations stays in L2 while all weight rows of the task pass over it.
-        let step = (PANEL_FLOATS / padded(k) / 3 * 3).clamp(3, BLOCK_ROWS);
+        let step = (PANEL_FLOATS / stride(k) / 3 * 3).clamp(3, BLOCK_ROWS);
         let mut row = first_row;
         while row < last_row {
             let end = last_row.min(row + step);
@@ -304,12 +304,13 @@ impl<'a> Panel<'a> {
     ) -> Self {
         let count = rows.len();
         let stored = Self::stored(weight, k, rows);
-        if !convert || matches!(stored.w, Numbers::F32(_)) {
+        if !convert {
             return stored;
         }
-        let panel = &mut scratch[..count * padded(k)];
-        stored.w.convert(isa, k, panel);
-        Self { w: Numbers::F32(panel), stride: padded(k), k }
+        let stride = stride(k);
+        let panel = &mut scratch[..count * stride];
+        stored.w.convert(isa, k, panel, stride);
+        Self { w: Numbers::F32(panel), stride, k }
     }
 
     /// The products of `rows` of `x`, whose terms start at `column`, with `cols` weight rows.

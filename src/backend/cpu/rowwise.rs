@@ -1,6 +1,6 @@
 //! What is done to one row at a time: RMSNorm, rotation, SiLU.
 
-use super::simd::{Element, Kernel, LANES, Simd, exp};
+use super::simd::{Element, Kernel, Simd, exp};
 
 /// RMSNorm: y = w · x / √(mean(x²) + ε).
 pub(crate) struct RmsNorm<'a, E> {
@@ -20,14 +20,15 @@ impl<E: Element> Kernel for RmsNorm<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let mut squares = simd.zero();
-        for x in self.x.as_chunks().0 {
+        let xs = S::parts(self.x.as_chunks().0);
+        for x in xs {
             let x = simd.load(x);
             squares = simd.fma(x, x, squares);
         }
         let mean = simd.sum(squares) / self.weight.len() as f32;
         let scale = simd.splat(1.0 / (mean + self.eps).sqrt());
-        let rows = self.x.as_chunks().0.iter().zip(self.y.as_chunks_mut().0);
-        for ((x, y), weight) in rows.zip(self.weight.chunks(LANES)) {
+        let rows = xs.iter().zip(S::parts_mut(self.y.as_chunks_mut().0));
+        for ((x, y), weight) in rows.zip(self.weight.chunks(S::LANES)) {
             simd.store(y, simd.mul(E::load_padded(simd, weight), simd.mul(simd.load(x), scale)));
         }
     }
@@ -46,7 +47,8 @@ impl Kernel for SiluMul<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        for (gate, up) in self.gate.as_chunks_mut().0.iter_mut().zip(self.up.as_chunks().0) {
+        let (gate, up) = (S::parts_mut(self.gate.as_chunks_mut().0), S::parts(self.up.as_chunks().0));
+        for (gate, up) in gate.iter_mut().zip(up) {
             let x = simd.load(gate);
             let denominator = simd.add(simd.splat(1.0), exp(simd, simd.sub(simd.zero(), x)));
             let silu = simd.div(x, denominator);
@@ -71,7 +73,8 @@ impl Kernel for AddScaled<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let scale = simd.splat(self.scale);
-        for (y, x) in self.y.as_chunks_mut().0.iter_mut().zip(self.x.as_chunks().0) {
+        let (y, x) = (S::parts_mut(self.y.as_chunks_mut().0), S::parts(self.x.as_chunks().0));
+        for (y, x) in y.iter_mut().zip(x) {
             simd.store(y, simd.fma(scale, simd.load(x), simd.load(y)));
         }
     }

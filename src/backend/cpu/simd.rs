@@ -1,28 +1,33 @@
-//! Eight f32 lanes, and the mathematics that every kernel shares.
+//! Registers of eight or sixteen f32, and the mathematics that every kernel shares.
 //!
 //! A kernel is written once, generic over [`Simd`], and compiled for each instruction set; [`Isa::run`] picks one
-//! at run time, and is the only place where code compiled for more than the baseline is entered. Sums have one order whatever the instruction set or the size of a tile, so a number never depends
-//! on how the work was cut.
+//! at run time, and is the only place where code compiled for more than the baseline is entered. On one machine sums
+//! have one order whatever the size of a tile, so a number never depends on how the work was cut.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod exp;
 mod portable;
 #[cfg(test)]
 mod tests;
 
+use bytemuck::Pod;
 use half::{bf16, f16};
 
 #[cfg(target_arch = "x86_64")]
 use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+use avx512::Avx512;
 use portable::Portable;
 
 pub(crate) use exp::{exp, exp_scaled, exp_weight};
 
-/// Lanes of a vector.
-pub(crate) const LANES: usize = 8;
+/// Numbers of a vector in memory: as many as the widest register holds.
+pub(crate) const LANES: usize = 16;
 
-/// A vector in memory.
+/// A vector in memory: one register, or several.
 pub(crate) type Vector = [f32; LANES];
 
 /// `n` rounded up to whole vectors.
@@ -30,33 +35,39 @@ pub(crate) const fn padded(n: usize) -> usize {
     n.next_multiple_of(LANES)
 }
 
-/// Eight f32 lanes. The value is a token: who holds one may use the instructions. Every operation is lane by lane
+/// Registers of f32. The value is a token: who holds one may use the instructions. Every operation is lane by lane
 /// and IEEE but where it says otherwise.
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
-    /// Eight f32.
+    /// Lanes of a register; a divisor of [`LANES`](self::LANES), at least eight.
+    const LANES: usize;
+    /// Whether there are 32 registers, not 16.
+    const MANY_REGISTERS: bool;
+    /// A register.
     type V: Copy;
+    /// A register in memory: `[f32; LANES]`.
+    type Part: Pod;
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::V;
-    /// Loads eight f32.
+    /// Loads `LANES` f32.
     ///
     /// # Safety
-    /// `p` must be valid for reading eight f32; any alignment.
+    /// `p` must be valid for reading `LANES` f32; any alignment.
     unsafe fn load_at(self, p: *const f32) -> Self::V;
-    /// Loads eight f16 as f32.
+    /// Loads `LANES` f16 as f32.
     ///
     /// # Safety
-    /// `p` must be valid for reading eight f16; any alignment.
+    /// `p` must be valid for reading `LANES` f16; any alignment.
     unsafe fn load_f16_at(self, p: *const f16) -> Self::V;
-    /// Loads eight bf16 as f32.
+    /// Loads `LANES` bf16 as f32.
     ///
     /// # Safety
-    /// `p` must be valid for reading eight bf16; any alignment.
+    /// `p` must be valid for reading `LANES` bf16; any alignment.
     unsafe fn load_bf16_at(self, p: *const bf16) -> Self::V;
-    /// Stores eight f32.
+    /// Stores `LANES` f32.
     ///
     /// # Safety
-    /// `p` must be valid for writing eight f32; any alignment.
+    /// `p` must be valid for writing `LANES` f32; any alignment.
     unsafe fn store_at(self, p: *mut f32, v: Self::V);
     /// Asks for the cache line of `p`, which may point anywhere.
     fn prefetch(self, p: *const u8);
@@ -78,8 +89,22 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn keep_from(self, a: Self::V, x: Self::V, limit: Self::V) -> Self::V;
     /// a · 2ⁿ, where the low nine bits of `n` hold the integer n in two's complement; a and the result are normal.
     fn scale_by_power(self, a: Self::V, n: Self::V) -> Self::V;
-    /// ((v₀ + v₁) + (v₂ + v₃)) + ((v₄ + v₅) + (v₆ + v₇)) of four vectors.
+    /// Eight lanes; of sixteen, each of the upper half is added to its counterpart in the lower.
+    fn fold(self, v: Self::V) -> [f32; 8];
+    /// [`sum`](Self::sum) of four registers.
     fn sum4(self, v: [Self::V; 4]) -> [f32; 4];
+
+    /// Vectors as what registers hold.
+    #[inline(always)]
+    fn parts(vectors: &[Vector]) -> &[Self::Part] {
+        bytemuck::cast_slice(vectors)
+    }
+
+    /// Vectors as what registers hold.
+    #[inline(always)]
+    fn parts_mut(vectors: &mut [Vector]) -> &mut [Self::Part] {
+        bytemuck::cast_slice_mut(vectors)
+    }
 
     /// All lanes 0.
     #[inline(always)]
@@ -87,78 +112,81 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         self.splat(0.0)
     }
 
-    /// Loads eight f32.
+    /// Loads a register.
     #[inline(always)]
-    fn load(self, from: &Vector) -> Self::V {
-        // SAFETY: eight f32.
-        unsafe { self.load_at(from.as_ptr()) }
+    fn load(self, from: &Self::Part) -> Self::V {
+        // SAFETY: a part has `LANES` f32.
+        unsafe { self.load_at((&raw const *from).cast()) }
     }
 
-    /// Stores eight f32.
+    /// Stores a register.
     #[inline(always)]
-    fn store(self, to: &mut Vector, v: Self::V) {
-        // SAFETY: eight f32.
-        unsafe { self.store_at(to.as_mut_ptr(), v) }
+    fn store(self, to: &mut Self::Part, v: Self::V) {
+        // SAFETY: a part has `LANES` f32.
+        unsafe { self.store_at((&raw mut *to).cast(), v) }
     }
 
-    /// The lanes, in order.
+    /// The lanes, in order, followed by zeros.
     #[inline(always)]
     fn lanes(self, v: Self::V) -> Vector {
         let mut lanes = [0.0; LANES];
-        self.store(&mut lanes, v);
+        // SAFETY: a register has no more lanes than a vector.
+        unsafe { self.store_at(lanes.as_mut_ptr(), v) }
         lanes
     }
 
-    /// ((v₀ + v₁) + (v₂ + v₃)) + ((v₄ + v₅) + (v₆ + v₇))
+    /// ((v₀ + v₁) + (v₂ + v₃)) + ((v₄ + v₅) + (v₆ + v₇)) of what [`fold`](Self::fold) gives.
     #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {
-        let v = self.lanes(v);
+        let v = self.fold(v);
         ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))
     }
 
-    /// ((v₀ + v₄) + (v₂ + v₆)) + ((v₁ + v₅) + (v₃ + v₇)) in f64.
+    /// ((v₀ + v₄) + (v₂ + v₆)) + ((v₁ + v₅) + (v₃ + v₇)) in f64, of sixteen lanes with vᵢ₊₈ added to vᵢ before.
     #[inline(always)]
     fn sum_f64(self, v: Self::V) -> f64 {
-        let v = self.lanes(v).map(f64::from);
+        let v = self.lanes(v);
+        let v: [f64; 8] = std::array::from_fn(|i| f64::from(v[i]) + f64::from(v[i + 8]));
         ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]))
     }
 
     /// The smallest lane; a NaN lane counts as ∞.
     #[inline(always)]
     fn smallest(self, v: Self::V) -> f32 {
-        self.lanes(v).into_iter().fold(f32::INFINITY, f32::min)
+        self.lanes(v)[..Self::LANES].iter().copied().fold(f32::INFINITY, f32::min)
     }
 
     /// The largest lane; a NaN lane counts as −∞.
     #[inline(always)]
     fn largest(self, v: Self::V) -> f32 {
-        self.lanes(v).into_iter().fold(f32::NEG_INFINITY, f32::max)
+        self.lanes(v)[..Self::LANES].iter().copied().fold(f32::NEG_INFINITY, f32::max)
     }
 }
 
 /// A number as a tensor stores it.
 pub(crate) trait Element: Copy + Send + Sync + 'static {
-    /// Loads eight as f32.
+    /// Loads a register of them as f32.
     ///
     /// # Safety
-    /// `p` must be valid for reading eight elements; any alignment.
+    /// `p` must be valid for reading `S::LANES` elements; any alignment.
     unsafe fn load_at<S: Simd>(simd: S, p: *const Self) -> S::V;
 
     /// One as f32.
     fn get(self) -> f32;
 
-    /// Up to eight as f32; the lanes past the end are 0.
+    /// Up to a register of them as f32; the lanes past the end are 0.
     #[inline(always)]
     fn load_padded<S: Simd>(simd: S, elements: &[Self]) -> S::V {
-        if elements.len() >= LANES {
-            // SAFETY: eight elements.
+        if elements.len() >= S::LANES {
+            // SAFETY: enough elements.
             return unsafe { Self::load_at(simd, elements.as_ptr()) };
         }
         let mut lanes = [0.0; LANES];
         for (lane, &element) in lanes.iter_mut().zip(elements) {
             *lane = element.get();
         }
-        simd.load(&lanes)
+        // SAFETY: a register has no more lanes than a vector.
+        unsafe { simd.load_at(lanes.as_ptr()) }
     }
 }
 
@@ -217,8 +245,9 @@ pub(crate) trait Kernel {
     /// What it returns.
     type Output;
 
-    /// Computes. Implementations are `#[inline(always)]`, as is everything that they call with vectors: only what
-    /// ends up inside [`Isa::run`] is compiled for its instructions.
+    /// Computes. Implementations are `#[inline(always)]`, as is everything that they call with registers: only what
+    /// ends up inside [`Isa::run`] is compiled for its instructions. Nothing forces a closure inside, so registers are
+    /// no closure's business.
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
@@ -230,24 +259,34 @@ pub(crate) enum Isa {
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
+    /// AVX-512: its foundation, and what all processors with AVX-512 since Skylake add.
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
 }
 
 impl Isa {
-    /// The best one that this machine has.
-    pub(crate) fn detect() -> Self {
+    /// Those that this machine has, from the plainest to the best.
+    pub(crate) fn every() -> impl DoubleEndedIterator<Item = Self> {
+        let every = [Some(Self::Portable)];
         #[cfg(target_arch = "x86_64")]
-        if let Some(token) = Avx2::detect() {
-            return Self::Avx2(token);
-        }
-        Self::Portable
+        let every = [every[0], Avx2::detect().map(Self::Avx2), Avx512::detect().map(Self::Avx512)];
+        every.into_iter().flatten()
     }
 
-    /// Every one that this machine has.
-    #[cfg(test)]
-    pub(crate) fn every() -> Vec<Self> {
-        let mut every = vec![Self::Portable];
-        every.extend(Some(Self::detect()).filter(|&isa| isa != Self::Portable));
-        every
+    /// The best one that this machine has.
+    pub(crate) fn detect() -> Self {
+        Self::every().next_back().unwrap_or(Self::Portable)
+    }
+
+    /// The name.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => "AVX2",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => "AVX-512",
+        }
     }
 
     /// Runs `kernel` with these instructions.
@@ -256,6 +295,8 @@ impl Isa {
             Self::Portable => kernel.run(Portable),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(token) => token.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(token) => token.run(kernel),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::models::{BLOCK, Models};
 use super::slice::maximum;
-use crate::backend::cpu::simd::{Element, Kernel, Simd, Vector};
+use crate::backend::cpu::simd::{Kernel, LANES, Simd, Vector};
 
 /// L + Σ α_t (E_t − S) in f32, −∞ where a model excludes the token. Its output is the lowest token with the largest
 /// one.
@@ -78,30 +78,46 @@ fn add_difference<S: Simd>(
     expert: &[f32],
     small: &[f32],
 ) {
+    let ((expert, expert_tail), (small, small_tail)) = (expert.as_chunks(), small.as_chunks());
+    let (fused, tail) = fused.as_chunks_mut();
+    let from = from.map(|from| from.as_chunks());
+    add_vectors(simd, from.map(|(from, _)| from), fused, alpha, expert, small);
+    let mut last = [vector(from.map_or(&*tail, |(_, from)| from))];
+    add_vectors(simd, None, &mut last, alpha, &[vector(expert_tail)], &[vector(small_tail)]);
+    tail.copy_from_slice(&last[0][..tail.len()]);
+}
+
+/// [`add_difference`] of whole vectors.
+#[inline(always)]
+fn add_vectors<S: Simd>(
+    simd: S,
+    from: Option<&[Vector]>,
+    fused: &mut [Vector],
+    alpha: f32,
+    expert: &[Vector],
+    small: &[Vector],
+) {
     let alpha = simd.splat(alpha);
-    let sum = |from, expert, small| simd.fma(alpha, simd.sub(expert, small), from);
-    let sums = |from: &Vector, (expert, small): (&Vector, &Vector)| {
-        sum(simd.load(from), simd.load(expert), simd.load(small))
-    };
-    let ((experts, expert_tail), (smalls, small_tail)) = (expert.as_chunks(), small.as_chunks());
-    let (vectors, tail) = fused.as_chunks_mut();
-    let models = experts.iter().zip(smalls);
-    let from_tail = match from.map(|from| from.as_chunks()) {
-        Some((from, from_tail)) => {
-            for ((fused, from), models) in vectors.iter_mut().zip(from).zip(models) {
-                simd.store(fused, sums(from, models));
+    let models = S::parts(expert).iter().zip(S::parts(small));
+    match from.map(S::parts) {
+        Some(from) => {
+            for ((fused, from), (expert, small)) in S::parts_mut(fused).iter_mut().zip(from).zip(models) {
+                let difference = simd.sub(simd.load(expert), simd.load(small));
+                simd.store(fused, simd.fma(alpha, difference, simd.load(from)));
             }
-            from_tail
         }
         None => {
-            for (fused, models) in vectors.iter_mut().zip(models) {
-                simd.store(fused, sums(fused, models));
+            for (fused, (expert, small)) in S::parts_mut(fused).iter_mut().zip(models) {
+                let difference = simd.sub(simd.load(expert), simd.load(small));
+                simd.store(fused, simd.fma(alpha, difference, simd.load(fused)));
             }
-            &*tail
         }
-    };
-    let [from_tail, expert_tail, small_tail] =
-        [from_tail, expert_tail, small_tail].map(|tail| f32::load_padded(simd, tail));
-    let last = simd.lanes(sum(from_tail, expert_tail, small_tail));
-    tail.copy_from_slice(&last[..tail.len()]);
+    }
+}
+
+/// Less than a vector, with zeros behind.
+fn vector(tail: &[f32]) -> Vector {
+    let mut vector = [0.0; LANES];
+    vector[..tail.len()].copy_from_slice(tail);
+    vector
 }

@@ -135,7 +135,7 @@ pub(super) fn maximum<S: Simd>(simd: S, values: &[Vector]) -> (f32, bool) {
     let mut largest = [simd.splat(f32::NEG_INFINITY); 4];
     // 0·x is NaN for NaN and ±∞, and stays so.
     let mut check = [zero; 4];
-    let (quads, rest) = values.as_chunks::<4>();
+    let (quads, rest) = S::parts(values).as_chunks::<4>();
     for quad in quads {
         for i in 0..4 {
             let x = simd.load(&quad[i]);

@@ -35,9 +35,11 @@ const LARGEST_RISE: f64 = 32.0;
 /// The largest first candidate's sum: its weights times a ratio that was flushed at 2⁻¹²⁵ stay below 2⁻⁴⁵.
 const LARGEST_START: f64 = (1_u128 << 80) as f64;
 
-/// Candidates that share one walk over the block: with AVX2, ten sums, the weight, the ratio and d leave the
-/// compiler a few of the sixteen registers.
-const GROUP: usize = 5;
+/// Candidates that share one walk over the block: ten sums, the weight, the ratio and d leave the compiler a few of
+/// sixteen registers, twenty sums of thirty-two.
+const fn group<S: Simd>() -> usize {
+    if S::MANY_REGISTERS { 10 } else { 5 }
+}
 
 /// The walk over one slice.
 pub(super) struct Walk<'a> {
@@ -231,13 +233,18 @@ impl Walk<'_> {
         if known == 0 {
             start(simd, (tile.base, self.tops.base.value), d, ladder.first as f32, weight);
         }
-        for lanes in sums.candidates[known..].chunks_mut(GROUP) {
+        for lanes in sums.candidates[known..].chunks_mut(group::<S>()) {
             match lanes.len() {
                 1 => progress::<1, S>(simd, d, ratio, weight, lanes),
                 2 => progress::<2, S>(simd, d, ratio, weight, lanes),
                 3 => progress::<3, S>(simd, d, ratio, weight, lanes),
                 4 => progress::<4, S>(simd, d, ratio, weight, lanes),
-                _ => progress::<GROUP, S>(simd, d, ratio, weight, lanes),
+                5 => progress::<5, S>(simd, d, ratio, weight, lanes),
+                6 => progress::<6, S>(simd, d, ratio, weight, lanes),
+                7 => progress::<7, S>(simd, d, ratio, weight, lanes),
+                8 => progress::<8, S>(simd, d, ratio, weight, lanes),
+                9 => progress::<9, S>(simd, d, ratio, weight, lanes),
+                _ => progress::<10, S>(simd, d, ratio, weight, lanes),
             }
         }
     }
@@ -317,11 +324,12 @@ impl Pair<'_> {
         let step = simd.splat(step);
         let [mut large_weighted, mut small_weighted, mut expert_sum, mut expert_weighted] = [simd.zero(); 4];
         let [mut lowest, mut highest] = [simd.zero(); 2];
-        let weights = scratch.large.iter().zip(&scratch.small);
-        let results = scratch.difference.iter_mut().zip(&mut scratch.ratio).zip(&mut scratch.weight);
-        for (((small, expert), (w, q)), ((to_d, to_ratio), to_weight)) in
-            self.small.iter().zip(self.expert).zip(weights).zip(results)
-        {
+        let weights = S::parts(&scratch.large).iter().zip(S::parts(&scratch.small));
+        let [difference, ratio, weight] =
+            [&mut scratch.difference, &mut scratch.ratio, &mut scratch.weight].map(|x| S::parts_mut(x));
+        let results = difference.iter_mut().zip(ratio).zip(weight);
+        let models = S::parts(self.small).iter().zip(S::parts(self.expert));
+        for (((small, expert), (w, q)), ((to_d, to_ratio), to_weight)) in models.zip(weights).zip(results) {
             let (small, expert) = (simd.load(small), simd.load(expert));
             let d = simd.sub(simd.sub(expert, expert_star), simd.sub(small, small_star));
             simd.store(to_d, d);
@@ -345,10 +353,14 @@ impl Pair<'_> {
             expert_sum = simd.add(expert_sum, e);
             expert_weighted = simd.fma(e, centred, expert_weighted);
         }
-        let [large_weighted, small_weighted, expert_sum, expert_weighted] =
-            [large_weighted, small_weighted, expert_sum, expert_weighted].map(|sum| simd.sum_f64(sum));
-        let (lowest, highest) = (simd.smallest(lowest), simd.largest(highest));
-        Pass { large_weighted, small_weighted, expert_sum, expert_weighted, lowest, highest }
+        Pass {
+            large_weighted: simd.sum_f64(large_weighted),
+            small_weighted: simd.sum_f64(small_weighted),
+            expert_sum: simd.sum_f64(expert_sum),
+            expert_weighted: simd.sum_f64(expert_weighted),
+            lowest: simd.smallest(lowest),
+            highest: simd.largest(highest),
+        }
     }
 }
 
@@ -367,7 +379,7 @@ fn power<const N: usize, S: Simd>(simd: S, x: S::V) -> S::V {
 fn weigh<S: Simd>(simd: S, x: &[Vector], top: f32, weights: &mut [Vector]) -> f64 {
     let top = simd.splat(top);
     let mut sum = simd.zero();
-    for (x, weight) in x.iter().zip(weights) {
+    for (x, weight) in S::parts(x).iter().zip(S::parts_mut(weights)) {
         let w = exp_weight::<BIAS, S>(simd, simd.sub(simd.load(x), top));
         simd.store(weight, w);
         sum = simd.add(sum, w);
@@ -384,7 +396,8 @@ fn difference<S: Simd>(simd: S, tile: &Tile<'_>, star: &Star, tilt: &Tilt, d: &m
     let mut is_first = true;
     for ((expert, &star), &c) in experts {
         let (star, c) = (simd.splat(star), simd.splat(c as f32));
-        for ((small, expert), d) in tile.small.iter().zip(*expert).zip(d.iter_mut()) {
+        let models = S::parts(tile.small).iter().zip(S::parts(expert));
+        for ((small, expert), d) in models.zip(S::parts_mut(d)) {
             let (e, s) = (simd.sub(simd.load(expert), star), simd.sub(simd.load(small), small_star));
             let before = if is_first { simd.zero() } else { simd.load(d) };
             simd.store(d, simd.fma(c, simd.sub(e, s), before));
@@ -400,7 +413,7 @@ fn difference<S: Simd>(simd: S, tile: &Tile<'_>, star: &Star, tilt: &Tilt, d: &m
 #[inline(always)]
 fn shift<S: Simd>(simd: S, weights: &[Vector], d: &[Vector]) -> (f64, f32, f32) {
     let [mut weighted, mut lowest, mut highest] = [simd.zero(); 3];
-    for (w, d) in weights.iter().zip(d) {
+    for (w, d) in S::parts(weights).iter().zip(S::parts(d)) {
         let d = simd.load(d);
         weighted = simd.fma(simd.load(w), d, weighted);
         lowest = simd.min(d, lowest);
@@ -413,7 +426,7 @@ fn shift<S: Simd>(simd: S, weights: &[Vector], d: &[Vector]) -> (f64, f32, f32) 
 #[inline(always)]
 fn start<S: Simd>(simd: S, (base, top): (&[Vector], f32), d: &[Vector], alpha: f32, weights: &mut [Vector]) {
     let (top, alpha, highest) = (simd.splat(top), simd.splat(alpha), simd.splat(64.0));
-    for ((base, d), weight) in base.iter().zip(d).zip(weights) {
+    for ((base, d), weight) in S::parts(base).iter().zip(S::parts(d)).zip(S::parts_mut(weights)) {
         let x = simd.fma(alpha, simd.load(d), simd.sub(simd.load(base), top));
         simd.store(weight, exp_weight::<BIAS, S>(simd, simd.min(x, highest)));
     }
@@ -430,7 +443,7 @@ fn progress<const N: usize, S: Simd>(
     lanes: &mut [Lane],
 ) {
     let mut sums = [(simd.zero(), simd.zero()); N];
-    for ((d, ratio), weight) in d.iter().zip(ratio).zip(weight) {
+    for ((d, ratio), weight) in S::parts(d).iter().zip(S::parts(ratio)).zip(S::parts_mut(weight)) {
         let (d, ratio, mut w) = (simd.load(d), simd.load(ratio), simd.load(weight));
         for (sum, weighted) in &mut sums {
             *sum = simd.add(*sum, w);

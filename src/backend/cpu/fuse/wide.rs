@@ -57,7 +57,7 @@ impl Block {
 #[inline(always)]
 fn weigh<S: Simd>(simd: S, x: &[Vector], d: &[Vector]) -> (f64, f64) {
     let [mut sum, mut weighted] = [simd.zero(); 2];
-    for (x, d) in x.iter().zip(d) {
+    for (x, d) in S::parts(x).iter().zip(S::parts(d)) {
         let w = exp_scaled::<0, S>(simd, simd.load(x));
         sum = simd.add(sum, w);
         weighted = simd.fma(w, simd.load(d), weighted);

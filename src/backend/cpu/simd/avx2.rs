@@ -38,8 +38,21 @@ macro_rules! intrinsic {
     };
 }
 
+/// ((v₀ + v₁) + (v₂ + v₃)) + ((v₄ + v₅) + (v₆ + v₇)) of each.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn sum4(v: [__m256; 4]) -> [f32; 4] {
+    let pairs = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    let (low, high) = (_mm256_castps256_ps128(pairs), _mm256_extractf128_ps::<1>(pairs));
+    // SAFETY: both are 16 bytes, and every bit pattern is an f32.
+    unsafe { std::mem::transmute(_mm_add_ps(low, high)) }
+}
+
 impl Simd for Avx2 {
+    const LANES: usize = 8;
+    const MANY_REGISTERS: bool = false;
     type V = __m256;
+    type Part = [f32; 8];
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
@@ -125,15 +138,13 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn fold(self, v: __m256) -> [f32; 8] {
+        // SAFETY: both are 32 bytes, and every bit pattern is an f32.
+        unsafe { std::mem::transmute(v) }
+    }
+
+    #[inline(always)]
     fn sum4(self, v: [__m256; 4]) -> [f32; 4] {
-        let mut sums = [0.0; 4];
-        // SAFETY: `sums` has four f32; the token.
-        unsafe {
-            let pairs = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
-            let low = _mm256_castps256_ps128(pairs);
-            let high = _mm256_extractf128_ps::<1>(pairs);
-            _mm_storeu_ps(sums.as_mut_ptr(), _mm_add_ps(low, high));
-        }
-        sums
+        intrinsic!(sum4(v))
     }
 }

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{Element, LANES, Simd, Vector};
+use super::{Element, Simd};
 
 /// Plain arrays, which the compiler turns into whatever vectors the target has.
 #[derive(Clone, Copy, Debug)]
@@ -11,7 +11,7 @@ pub(crate) struct Portable;
 /// Eight f32, aligned like a vector.
 #[derive(Clone, Copy)]
 #[repr(align(32))]
-pub(crate) struct Lanes(Vector);
+pub(crate) struct Lanes([f32; 8]);
 
 /// One operation on each lane.
 #[inline(always)]
@@ -20,35 +20,38 @@ fn map2(a: Lanes, b: Lanes, f: impl Fn(f32, f32) -> f32) -> Lanes {
 }
 
 impl Simd for Portable {
+    const LANES: usize = 8;
+    const MANY_REGISTERS: bool = false;
     type V = Lanes;
+    type Part = [f32; 8];
 
     #[inline(always)]
     fn splat(self, x: f32) -> Lanes {
-        Lanes([x; LANES])
+        Lanes([x; 8])
     }
 
     #[inline(always)]
     unsafe fn load_at(self, p: *const f32) -> Lanes {
         // SAFETY: the caller's.
-        Lanes(unsafe { p.cast::<Vector>().read_unaligned() })
+        Lanes(unsafe { p.cast::<[f32; 8]>().read_unaligned() })
     }
 
     #[inline(always)]
     unsafe fn load_f16_at(self, p: *const f16) -> Lanes {
         // SAFETY: the caller's.
-        Lanes(unsafe { p.cast::<[f16; LANES]>().read_unaligned() }.map(Element::get))
+        Lanes(unsafe { p.cast::<[f16; 8]>().read_unaligned() }.map(Element::get))
     }
 
     #[inline(always)]
     unsafe fn load_bf16_at(self, p: *const bf16) -> Lanes {
         // SAFETY: the caller's.
-        Lanes(unsafe { p.cast::<[bf16; LANES]>().read_unaligned() }.map(Element::get))
+        Lanes(unsafe { p.cast::<[bf16; 8]>().read_unaligned() }.map(Element::get))
     }
 
     #[inline(always)]
     unsafe fn store_at(self, p: *mut f32, v: Lanes) {
         // SAFETY: the caller's.
-        unsafe { p.cast::<Vector>().write_unaligned(v.0) }
+        unsafe { p.cast::<[f32; 8]>().write_unaligned(v.0) }
     }
 
     #[inline(always)]
@@ -101,6 +104,11 @@ impl Simd for Portable {
     #[inline(always)]
     fn scale_by_power(self, a: Lanes, n: Lanes) -> Lanes {
         map2(a, n, |a, n| f32::from_bits(a.to_bits().wrapping_add(n.to_bits() << 23)))
+    }
+
+    #[inline(always)]
+    fn fold(self, v: Lanes) -> [f32; 8] {
+        v.0
     }
 
     #[inline(always)]

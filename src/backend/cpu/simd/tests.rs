@@ -2,7 +2,17 @@
 
 use super::*;
 
-/// Evaluates `exp` on eight lanes.
+/// `f` of each part of a vector.
+#[inline(always)]
+fn map<S: Simd>(simd: S, x: &Vector, f: impl Fn(S::V) -> S::V) -> Vector {
+    let mut y = [*x];
+    for y in S::parts_mut(&mut y) {
+        simd.store(y, f(simd.load(y)));
+    }
+    y[0]
+}
+
+/// Evaluates `exp` on a vector.
 struct Exp(Vector);
 
 impl Kernel for Exp {
@@ -10,11 +20,11 @@ impl Kernel for Exp {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Self::Output {
-        simd.lanes(exp(simd, simd.load(&self.0)))
+        map(simd, &self.0, |x| exp(simd, x))
     }
 }
 
-/// Evaluates `exp_scaled` on eight lanes.
+/// Evaluates `exp_scaled` on a vector.
 struct ExpScaled<const BIAS: i32>(Vector);
 
 impl<const BIAS: i32> Kernel for ExpScaled<BIAS> {
@@ -22,11 +32,11 @@ impl<const BIAS: i32> Kernel for ExpScaled<BIAS> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Vector {
-        simd.lanes(exp_scaled::<BIAS, S>(simd, simd.load(&self.0)))
+        map(simd, &self.0, |x| exp_scaled::<BIAS, S>(simd, x))
     }
 }
 
-/// Evaluates `exp_weight` on eight lanes.
+/// Evaluates `exp_weight` on a vector.
 struct ExpWeight<const BIAS: i32>(Vector);
 
 impl<const BIAS: i32> Kernel for ExpWeight<BIAS> {
@@ -34,24 +44,37 @@ impl<const BIAS: i32> Kernel for ExpWeight<BIAS> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Vector {
-        simd.lanes(exp_weight::<BIAS, S>(simd, simd.load(&self.0)))
+        map(simd, &self.0, |x| exp_weight::<BIAS, S>(simd, x))
     }
 }
 
-/// Sums eight lanes alone, as one of four, and in f64.
+/// Sums of the first register of a vector, alone, as one of four, and in f64; and its lanes.
 struct Sum(Vector);
 
 impl Kernel for Sum {
-    type Output = (f32, [f32; 4], f64);
+    type Output = (f32, [f32; 4], f64, usize);
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Self::Output {
-        let v = simd.load(&self.0);
-        (simd.sum(v), simd.sum4([simd.zero(), v, simd.splat(1.0), v]), simd.sum_f64(v))
+        let v = simd.load(&S::parts(&[self.0])[0]);
+        (simd.sum(v), simd.sum4([simd.zero(), v, simd.splat(1.0), v]), simd.sum_f64(v), S::LANES)
     }
 }
 
-/// Loads eight f16 and eight bf16 of the same bits.
+/// The smallest and the largest lane of the last register of a vector.
+struct Ends(Vector);
+
+impl Kernel for Ends {
+    type Output = (f32, f32);
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> Self::Output {
+        let v = simd.load(&S::parts(&[self.0])[LANES / S::LANES - 1]);
+        (simd.smallest(v), simd.largest(v))
+    }
+}
+
+/// Loads f16 and bf16 of the same bits.
 struct Convert([u16; LANES]);
 
 impl Kernel for Convert {
@@ -60,8 +83,14 @@ impl Kernel for Convert {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Self::Output {
         let (a, b) = (self.0.map(f16::from_bits), self.0.map(bf16::from_bits));
-        // SAFETY: eight elements each.
-        unsafe { (simd.lanes(simd.load_f16_at(a.as_ptr())), simd.lanes(simd.load_bf16_at(b.as_ptr()))) }
+        let mut loaded = ([[0.0; LANES]], [[0.0; LANES]]);
+        for (i, to) in S::parts_mut(&mut loaded.0).iter_mut().enumerate() {
+            simd.store(to, f16::load_padded(simd, &a[i * S::LANES..]));
+        }
+        for (i, to) in S::parts_mut(&mut loaded.1).iter_mut().enumerate() {
+            simd.store(to, bf16::load_padded(simd, &b[i * S::LANES..]));
+        }
+        (loaded.0[0], loaded.1[0])
     }
 }
 
@@ -81,7 +110,7 @@ fn exp_is_within_its_bound_of_f64() {
     for isa in Isa::every() {
         let mut worst = 0.0_f64;
         // A step of a prime number of ulps visits both signs and every binade.
-        for start in (0..=u32::MAX - 8 * 1009).step_by(8 * 1009) {
+        for start in (0..=u32::MAX - LANES as u32 * 1009).step_by(LANES * 1009) {
             let x: Vector = std::array::from_fn(|i| f32::from_bits(start + 1009 * i as u32));
             for (x, y) in x.into_iter().zip(isa.run(Exp(x))) {
                 let exact = f64::from(x).exp();
@@ -137,7 +166,8 @@ fn exp_scaled_is_within_its_bound_of_f64() {
 #[test]
 fn exp_scaled_has_exact_ends() {
     for isa in Isa::every() {
-        let x = [0.0, -0.0, f32::NEG_INFINITY, f32::NAN, f32::MIN, -87.0, 1.0, -1.0];
+        let ends = [0.0, -0.0, f32::NEG_INFINITY, f32::NAN, f32::MIN, -87.0, 1.0, -1.0];
+        let x: Vector = std::array::from_fn(|i| ends[i % 8]);
         let y = isa.run(ExpScaled::<0>(x));
         assert_eq!(y[..5], [1.0, 1.0, 0.0, 0.0, 0.0]);
         assert_eq!(y[5], 0.0, "below 2⁻¹²⁵");
@@ -165,10 +195,8 @@ fn check_weights<const BIAS: i32>(isa: Isa) {
             }
         }
     }
-    assert_eq!(
-        isa.run(ExpWeight::<BIAS>([0.0, -0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])),
-        [2.0_f32.powi(BIAS); LANES]
-    );
+    let zeros = std::array::from_fn(|i| if i == 1 { -0.0 } else { 0.0 });
+    assert_eq!(isa.run(ExpWeight::<BIAS>(zeros)), [2.0_f32.powi(BIAS); LANES]);
 }
 
 #[test]
@@ -182,12 +210,30 @@ fn exp_weight_is_within_its_bound_of_f64() {
 #[test]
 fn sums_have_one_order() {
     // Magnitudes so different that every order of summation gives another result.
-    let v = [1e8, 1.0, -1e8, 3.0, 5e7, -7.0, 1.5e-3, 11.0];
-    let expected = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-    let w = v.map(f64::from);
-    let exact = ((w[0] + w[4]) + (w[2] + w[6])) + ((w[1] + w[5]) + (w[3] + w[7]));
+    let v: Vector =
+        [1e8, 1.0, -1e8, 3.0, 5e7, -7.0, 1.5e-3, 11.0, 2.5e7, -3e6, 1e-4, 8e7, -6e7, 13.0, 0.25, -9e7];
     for isa in Isa::every() {
-        assert_eq!(isa.run(Sum(v)), (expected, [0.0, expected, 8.0, expected], exact), "{isa:?}");
+        let (sum, four, exact, lanes) = isa.run(Sum(v));
+        let upper = |i: usize| if lanes == LANES { v[i + 8] } else { 0.0 };
+        let f: [f32; 8] = std::array::from_fn(|i| v[i] + upper(i));
+        let expected = ((f[0] + f[1]) + (f[2] + f[3])) + ((f[4] + f[5]) + (f[6] + f[7]));
+        assert_eq!((sum, four), (expected, [0.0, expected, lanes as f32, expected]), "{isa:?}");
+        let w: [f64; 8] = std::array::from_fn(|i| f64::from(v[i]) + f64::from(upper(i)));
+        assert_eq!(exact, ((w[0] + w[4]) + (w[2] + w[6])) + ((w[1] + w[5]) + (w[3] + w[7])), "{isa:?}");
+    }
+}
+
+#[test]
+fn ends_pass_over_nan() {
+    for isa in Isa::every() {
+        for place in 8..LANES {
+            let mut v = [2.0; LANES];
+            (v[place], v[8 + (place + 3) % 8]) = (-5.0, f32::NAN);
+            assert_eq!(isa.run(Ends(v)), (-5.0, 2.0), "{isa:?}");
+            v[place] = 5.0;
+            assert_eq!(isa.run(Ends(v)), (2.0, 5.0), "{isa:?}");
+            assert_eq!(isa.run(Ends([f32::NAN; LANES])), (f32::INFINITY, f32::NEG_INFINITY), "{isa:?}");
+        }
     }
 }
 
