@@ -6,16 +6,14 @@
 constexpr u32 THREADS = 128;  // four warps of sixteen rows
 constexpr u32 COLUMNS = 128;  // of the values that a block computes at most
 
-// c += a · b for factors of 22 bits; what both low parts would add is below the last of them.
-__device__ inline void mma_split(float (&c)[4], const float (&a)[4], float b0, float b1) {
-    u32 high[4], low[4], b0_high, b0_low, b1_high, b1_low;
+// c = a · b of f32 factors.
+__device__ inline void multiply(float (&c)[4], const float (&a)[4], float b0, float b1) {
+    u32 high[4], low[4], b_high[2], b_low[2];
 #pragma unroll
     for (u32 i = 0; i < 4; i++) split(a[i], high[i], low[i]);
-    split(b0, b0_high, b0_low);
-    split(b1, b1_high, b1_low);
-    mma_tf32(c, high, b0_high, b1_high);
-    mma_tf32(c, high, b0_low, b1_low);
-    mma_tf32(c, low, b0_high, b1_high);
+    split(b0, b_high[0], b_low[0]);
+    split(b1, b_high[1], b_low[1]);
+    mma_f32(c, high, low, b_high[0], b_high[1], b_low[0], b_low[1]);
 }
 
 // The sixteen keys (part 0) or values (part 1) of one block of the cache, on their way to `staged`; those after `last`
@@ -33,9 +31,9 @@ __device__ inline void fetch(const AttentionArgs& args, const float* cache, u32 
 // attended[row, head, :] = Σ_k softmax_k(q[row, head] · K[k] / √head_dim) V[k] over the positions k up to the row's own
 //
 // Sixteen positions, a block of the cache, at a time: scores, their softmax in online form, and its product with the
-// values, by mma.sync m16n8k8 of tf32 with three products for one, so that 22 of the 24 bits of an f32 count. The keys
-// of the next block come while this one's values are multiplied, and the other way round. Rows of staged keys and
-// values are an odd number of four banks long: fragments are read without conflicts.
+// values, by mma.sync m16n8k8 of tf32 with three products for one (tf32.cuh), each sum of eight from zero and added by
+// f32 instructions. The keys of the next block come while this one's values are multiplied, and the other way round. Rows
+// of staged keys and values are an odd number of four banks long: fragments are read without conflicts.
 //
 // grid   (tiles, heads, ⌈head_dim / 128⌉) × 128 threads; a warp is sixteen rows, blockIdx.z 128 columns of the values
 // shared 2 · 16 · (head_dim rounded up to 32, + 4) f32
@@ -89,7 +87,10 @@ __device__ void attention_wide(const AttentionArgs& args) {
 #pragma unroll
                 for (u32 j = 0; j < 2; j++) {
                     const float* b = keys + (8 * j + g) * stride + k + t;
-                    mma_split(s[j], a, b[0], b[4]);
+                    float of_columns[4];
+                    multiply(of_columns, a, b[0], b[4]);
+#pragma unroll
+                    for (u32 i = 0; i < 4; i++) s[j][i] += of_columns[i];
                 }
             }
         }
@@ -140,8 +141,7 @@ __device__ void attention_wide(const AttentionArgs& args) {
 #pragma unroll
             for (u32 n = 0; n < N; n++) {
                 if (column + 8 * n >= head_dim) break;
-                // Tensor cores may cut their sums off: those of a block begin at zero, and are added as f32.
-                float of_block[4] = {};
+                float of_keys[2][4];
 #pragma unroll
                 for (u32 j = 0; j < 2; j++) {
                     // Where mma has columns t and t + 4 of its factor stand the weights of positions 2 t and 2 t + 1.
@@ -153,10 +153,10 @@ __device__ void attention_wide(const AttentionArgs& args) {
                         if (!(fabsf(b0) < INFINITE)) b0 = 0, spoilt |= 1u << key;
                         if (!(fabsf(b1) < INFINITE)) b1 = 0, spoilt |= 2u << key;
                     }
-                    mma_split(of_block, a, b0, b1);
+                    multiply(of_keys[j], a, b0, b1);
                 }
 #pragma unroll
-                for (u32 i = 0; i < 4; i++) o[n][i] = fmaf(o[n][i], shrink[i / 2], of_block[i]);
+                for (u32 i = 0; i < 4; i++) o[n][i] = fmaf(o[n][i], shrink[i / 2], of_keys[0][i] + of_keys[1][i]);
             }
             if (is_edge) {
                 spoilt = __reduce_or_sync(ALL_LANES, spoilt);

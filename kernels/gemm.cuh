@@ -2,8 +2,8 @@
 //
 // A block computes 128 outputs of 64 rows, a warp 32 of 32, by mma.sync with f32 sums: W is A, the rows of x are B.
 // split_rows has written x as high + low, two numbers of W's type, and both are multiplied: 22 bits of x count for f16
-// and 16 for bf16. An f32 has more bits than tensor cores read, so that W is split, too, and three products are taken:
-// see Factor.
+// and 16 for bf16. An f32 has more bits than tensor cores read, so that W is split, too, and three products are taken
+// (tf32.cuh).
 //
 // Columns come 64 bytes at a time by cp.async into one of three buffers: while one is multiplied the next two are on
 // their way. A staged row is four pieces of 16 bytes, permuted by the row, so that neither cp.async nor ldmatrix meets
@@ -45,56 +45,108 @@ __device__ inline void ldmatrix(u32 (&to)[4], const void* from) {
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
 }
 
-// What mma reads of W at once: 16 outputs, and 32 bytes of the columns of each.
+// The columns of one step: 64 bytes of each row.
 template <typename T>
-struct Factor {
-    u32 a[4];
+struct Stage {
+    static constexpr u32 PIECE = 16 / sizeof(T);  // columns
+    static constexpr u32 COLS = 4 * PIECE;
 
-    __device__ void load(const T* from) { ldmatrix(a, from); }
+    T weights[GEMM_OUTPUTS * COLS];
+    T high[GEMM_ROWS * COLS];
+    T low[GEMM_ROWS * COLS];
 
-    // c += W x for one half of x.
-    __device__ void multiply(float (&c)[4], u32 b0, u32 b1, bool) const { mma(c, a, b0, b1, static_cast<const T*>(nullptr)); }
+    // Where a piece of a staged row lies.
+    static __device__ u32 at(u32 row, u32 piece) { return row * COLS + (piece ^ (row / 2 % 4)) * PIECE; }
+
+    // What a call of mma reads of W: 16 outputs from `row` on, of the step's first 32 bytes or its second.
+    __device__ void load_outputs(u32 (&to)[4], u32 row, u32 k) const {
+        const u32 lane = threadIdx.x % WARP;
+        ldmatrix(to, weights + at(row + lane % 16, 2 * k + lane / 16));
+    }
 };
 
-// 22 bits of W and of x count; what both low halves would add is below the last of them.
-template <>
-struct Factor<float> {
-    u32 high[4], low[4];
+// A warp's sums: 2 · 16 outputs of 4 · 8 rows.
+using Sums = float[2][4][4];
 
-    __device__ void load(const float* from) {
-        ldmatrix(low, from);
+// c += W x over the columns of a step, which are two calls of mma deep. Tensor cores cut sums off instead of rounding
+// them, each time a little, and always towards zero: what a step adds is summed from zero, and then rounded.
+template <typename T>
+__device__ void add_step(const Stage<T>& stage, u32 outputs, u32 rows, Sums& c) {
+    const u32 lane = threadIdx.x % WARP;
+    Sums of_step = {};
 #pragma unroll
-        for (u32 i = 0; i < 4; i++) split(__uint_as_float(low[i]), high[i], low[i]);
+    for (u32 k = 0; k < 2; k++) {
+        u32 w[2][4];
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) stage.load_outputs(w[i], outputs + i * 16, k);
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+            const T* const part = half ? stage.low : stage.high;
+#pragma unroll
+            for (u32 j = 0; j < 4; j += 2) {
+                u32 b[4];
+                ldmatrix(b, part + Stage<T>::at(rows + j * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+#pragma unroll
+                for (u32 i = 0; i < 2; i++) {
+                    mma(of_step[i][j], w[i], b[0], b[1], part);
+                    mma(of_step[i][j + 1], w[i], b[2], b[3], part);
+                }
+            }
+        }
     }
+#pragma unroll
+    for (u32 at = 0; at < 32; at++) c[at / 16][at / 4 % 4][at % 4] += of_step[at / 16][at / 4 % 4][at % 4];
+}
 
-    __device__ void multiply(float (&c)[4], u32 b0, u32 b1, bool is_low) const {
-        mma_tf32(c, high, b0, b1);
-        if (!is_low) mma_tf32(c, low, b0, b1);
+// The same of f32 weights, which are split here. Each call's columns are summed from zero, so that the cutting off stays
+// below the rounding of c.
+__device__ inline void add_step(const Stage<float>& stage, u32 outputs, u32 rows, Sums& c) {
+    const u32 lane = threadIdx.x % WARP;
+    Sums of_half;
+#pragma unroll
+    for (u32 k = 0; k < 2; k++) {
+        u32 high[2][4], low[2][4];
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            stage.load_outputs(low[i], outputs + i * 16, k);
+#pragma unroll
+            for (u32 at = 0; at < 4; at++) split(__uint_as_float(low[i][at]), high[i][at], low[i][at]);
+        }
+#pragma unroll
+        for (u32 j = 0; j < 4; j += 2) {
+            u32 x_high[4], x_low[4];
+            const u32 place = Stage<float>::at(rows + j * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2);
+            ldmatrix(x_high, stage.high + place);
+            ldmatrix(x_low, stage.low + place);
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+#pragma unroll
+                for (u32 of = 0; of < 2; of++) {
+                    float sum[4];
+                    mma_f32(sum, high[i], low[i], x_high[2 * of], x_high[2 * of + 1], x_low[2 * of], x_low[2 * of + 1]);
+#pragma unroll
+                    for (u32 at = 0; at < 4; at++) {
+                        float& half = of_half[i][j + of][at];
+                        if (k == 0) half = sum[at];
+                        else c[i][j + of][at] += half + sum[at];
+                    }
+                }
+            }
+        }
     }
-};
+}
 
 // One block of the product, by all its threads: rows blockIdx.x · 64 … of set blockIdx.z, units blockIdx.y · 32 ….
 template <typename T>
 struct Gemm {
-    static constexpr u32 PIECE = 16 / sizeof(T);  // columns
-    static constexpr u32 COLS = 4 * PIECE;        // of a step
-
-    // The columns of one step.
-    struct Stage {
-        T weights[GEMM_OUTPUTS * COLS];
-        T high[GEMM_ROWS * COLS];
-        T low[GEMM_ROWS * COLS];
-    };
-
-    // Where a piece of a staged row lies.
-    static __device__ u32 permuted(u32 row, u32 piece) { return row * COLS + (piece ^ (row / 2 % 4)) * PIECE; }
+    static constexpr u32 PIECE = Stage<T>::PIECE, COLS = Stage<T>::COLS;
 
     // Calls finish(unit, part, index, row, y) for each unit, part of a unit and row, with the four outputs y. `PARTS`,
     // `row_of` and `segment` are as in Gemv.
     template <u32 PARTS, typename RowOf, typename Segment, typename Finish>
     static __device__ void run(const Product& p, u32 units, RowOf row_of, Segment segment, Finish finish) {
-        __shared__ uint4 memory[GEMM_STAGES * sizeof(Stage) / sizeof(uint4)];
-        Stage* const stages = reinterpret_cast<Stage*>(memory);
+        __shared__ uint4 memory[GEMM_STAGES * sizeof(Stage<T>) / sizeof(uint4)];
+        Stage<T>* const stages = reinterpret_cast<Stage<T>*>(memory);
         float* const sums = reinterpret_cast<float*>(memory);  // (GEMM_ROWS, SUMS), when all is multiplied
         const u32 first_row = blockIdx.x * GEMM_ROWS, first_unit = blockIdx.y * GEMM_UNITS;
         const Span span(p, blockIdx.z, first_row, GEMM_ROWS);
@@ -103,7 +155,7 @@ struct Gemm {
         const u32 outputs = warp / 2 * 32, rows = warp % 2 * 32;  // where this warp's part begins
         const T* x = static_cast<const T*>(p.x) + u64(span.first) * split_stride<T>(p.stride);
 
-        float c[2][4][4] = {};
+        Sums c = {};
         multiply(p, x, span.count, [=](u32 o) { return row_of(first_unit + o / UNIT, o % UNIT); }, stages, outputs, rows, c);
 
         // The factor of each row undoes its power of two and normalises it.
@@ -159,7 +211,7 @@ struct Gemm {
     // c += W x over all columns.
     template <typename RowOf>
     static __device__ void multiply(
-        const Product& p, const T* x, u32 count, RowOf row_of, Stage* stages, u32 outputs, u32 rows, float (&c)[2][4][4]
+        const Product& p, const T* x, u32 count, RowOf row_of, Stage<T>* stages, u32 outputs, u32 rows, Sums& c
     ) {
         // Each thread brings two pieces of W, and one of each half of x.
         const u32 piece = threadIdx.x % 4, row = threadIdx.x / 4;
@@ -172,8 +224,8 @@ struct Gemm {
         const T* const from_x = x + u64(exists ? row : 0) * split_stride<T>(p.stride);
         const u32 steps = (p.stride + COLS - 1) / COLS;
         const auto fetch = [&](u32 step) {
-            Stage& stage = stages[step % GEMM_STAGES];
-            const u32 k = step * COLS + piece * PIECE, at = permuted(row, piece);
+            Stage<T>& stage = stages[step % GEMM_STAGES];
+            const u32 k = step * COLS + piece * PIECE, at = Stage<T>::at(row, piece);
             const bool inside = k < p.stride;
             const u32 safe = inside ? k : 0;
             copy_async(stage.weights + at, from[0] + safe, inside);
@@ -192,38 +244,7 @@ struct Gemm {
             __syncthreads();
             if (step + GEMM_STAGES - 1 < steps) fetch(step + GEMM_STAGES - 1);
             commit_copies();  // an empty group at the end, so that the count of groups still tells
-            const Stage& stage = stages[step % GEMM_STAGES];
-            // Tensor cores cut sums off instead of rounding them, each time a little, and always towards zero: what one
-            // step adds is summed from zero, and then rounded.
-            float of_step[2][4][4] = {};
-            multiply(stage, outputs, rows, of_step);
-#pragma unroll
-            for (u32 at = 0; at < 32; at++) c[at / 16][at / 4 % 4][at % 4] += of_step[at / 16][at / 4 % 4][at % 4];
-        }
-    }
-
-    // c += W x over the columns of a step, which are two calls of mma deep.
-    static __device__ void multiply(const Stage& stage, u32 outputs, u32 rows, float (&c)[2][4][4]) {
-        const u32 lane = threadIdx.x % WARP;
-#pragma unroll
-        for (u32 k = 0; k < 2; k++) {
-            Factor<T> w[2];
-#pragma unroll
-            for (u32 i = 0; i < 2; i++) w[i].load(stage.weights + permuted(outputs + i * 16 + lane % 16, 2 * k + lane / 16));
-#pragma unroll
-            for (u32 half = 0; half < 2; half++) {
-                const T* const part = half ? stage.low : stage.high;
-#pragma unroll
-                for (u32 j = 0; j < 4; j += 2) {
-                    u32 b[4];
-                    ldmatrix(b, part + permuted(rows + j * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-#pragma unroll
-                    for (u32 i = 0; i < 2; i++) {
-                        w[i].multiply(c[i][j], b[0], b[1], half);
-                        w[i].multiply(c[i][j + 1], b[2], b[3], half);
-                    }
-                }
-            }
+            add_step(stages[step % GEMM_STAGES], outputs, rows, c);
         }
     }
 };

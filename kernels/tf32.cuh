@@ -3,9 +3,11 @@
 
 #include "common.cuh"
 
-// An f32 as the sum of two numbers of eleven bits, which is what mma reads of each.
+// An f32 as the sum of two numbers of eleven bits, which is what mma reads of each. The first is rounded, so that the
+// sign of the second is one more bit: three numbers of four are whole, the others lack their last bit. What isn't finite
+// makes the second NaN.
 __device__ inline void split(float x, u32& high, u32& low) {
-    high = __float_as_uint(x) & 0xffffe000u;
+    high = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
     low = __float_as_uint(x - __uint_as_float(high));
 }
 
@@ -14,4 +16,16 @@ __device__ inline void mma_tf32(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c = a · b of f32 factors, each in two parts; what both low ones would add is below the last bit. The small products come
+// first: tensor cores may cut sums off, always towards zero, and so only the last call does at the size of the result.
+__device__ inline void mma_f32(
+    float (&c)[4], const u32 (&high)[4], const u32 (&low)[4], u32 b0_high, u32 b1_high, u32 b0_low, u32 b1_low
+) {
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) c[i] = 0;
+    mma_tf32(c, high, b0_low, b1_low);
+    mma_tf32(c, low, b0_high, b1_high);
+    mma_tf32(c, high, b0_high, b1_high);
 }
