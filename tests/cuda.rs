@@ -67,10 +67,10 @@ fn log_softmax(logits: &[f32]) -> Vec<f64> {
 /// How far log-probabilities may be from those of f32 sums.
 ///
 /// Beside the order of sums, tensor cores see activations as the sum of two numbers of the weights' type: of 22 bits
-/// for f16 and f32 (and weights of 22 bits), which is nearly f32, and of 16 bits for bf16, where every factor may be off
-/// by 2⁻¹⁷.
+/// for f16 and of nearly all for f32 (as its weights), and of 16 bits for bf16, where every factor may be off by 2⁻¹⁷. Of
+/// these models the worst is 4.5e-6, and 4.1e-5 with bf16: twice to five times that is allowed.
 fn bound(dtype: Dtype) -> f64 {
-    if dtype == Dtype::Bf16 { 2e-4 } else { 2e-5 }
+    if dtype == Dtype::Bf16 { 2e-4 } else { 1e-5 }
 }
 
 /// The largest difference between log-probabilities of the same rows.

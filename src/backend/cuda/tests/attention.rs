@@ -344,7 +344,7 @@ fn tiles(bed: &Bed, case: Case, spoilt: bool) -> Found {
     })
 }
 
-/// What a head attends to from a position, by factors of 22 bits that are summed in f32.
+/// What a head attends to from a position, by factors that lack their last bit and sums in f32.
 fn causal(
     case: Case,
     cache: &Cache,
@@ -363,8 +363,9 @@ fn causal(
         })
         .collect();
     let top = scores.iter().map(|score| score.0).fold(f64::NEG_INFINITY, f64::max);
-    // Each factor lacks 2⁻²¹, the low parts' product as much; a sum of three products for each column; the scale.
-    let of_score = 3.0 * 8.0 + 3.0 * case.head_dim as f64 + 2.0;
+    // Each factor lacks 2⁻²³, and the low parts' product, which is left out, is 2⁻²² at most; a sum of eight columns is cut
+    // off once at its size, and two times below 2⁻¹⁰ of it; the sums of all columns; the scale and its product.
+    let of_score = 2.0 * 2.0 + 4.0 + 2.0 + 1.0 + (case.head_dim as f64 / 8.0).ceil() + 2.0;
     let blocks = (position / BLOCK_SIZE + 1) as f64;
     // Blocks in which the top may grow: all that were summed is multiplied with an exponential.
     let (mut growing, mut highest) = (0.0, f64::NEG_INFINITY);
@@ -385,11 +386,12 @@ fn causal(
     for (p, (score, size)) in scores.iter().enumerate() {
         let weight = (score - top).exp();
         // The score; its distance from the top, rounded as often as the top grew; an exponential and a product wherever
-        // it did, and a sum for each block from its own on; the weight and the value as two numbers of eleven bits; six
-        // sums in its own block, which may be cut off, or six over its positions and lanes.
+        // it did, and a sum for each block from its own on; the weight and the value and their low parts' product, as for
+        // a score; in its own block one sum that may be cut off, one that is rounded and two of small numbers, or six over
+        // its positions and lanes.
         let sums = blocks - (p / BLOCK_SIZE) as f64;
         let off =
-            of_score * size + (2.0 * (top - score) + 3.0 + 6.0 * growing + sums + 3.0 * 8.0 + 2.0 * 6.0);
+            of_score * size + (2.0 * (top - score) + 3.0 + 6.0 * growing + sums + 2.0 * 2.0 + 4.0 + 6.0);
         let error = weight * ((off * ROUNDING).exp() - 1.0);
         (l, l_error) = (l + weight, l_error + error);
         for (o, &v) in o.iter_mut().zip(numbers(p, case.kv_heads + kv_head)) {

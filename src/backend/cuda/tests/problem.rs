@@ -18,9 +18,9 @@ fn eps(set: usize) -> f32 {
     1e-5 + set as f32
 }
 
-/// What tensor cores lose of an f32 weight, in roundings: of its halves of eleven bits the second is cut off, 2⁻²¹; and the
-/// product of both low halves, 2⁻¹⁰ · 2⁻¹¹, is left out.
-const LOST_OF_W: usize = 8 + 8;
+/// What tensor cores lose of an f32 weight, in roundings: its last bit, 2⁻²³; and the product of both low halves, of which
+/// neither is more than 2⁻¹¹ of its number, is left out.
+const LOST_OF_W: usize = 2 + 4;
 
 /// What a projection is given.
 #[derive(Clone, Copy, Debug)]
@@ -229,14 +229,17 @@ impl Problem {
     /// the squares, whose relative error is halved by the root (eight a panel half, five over the lanes, one a panel);
     /// mean, ε, root, reciprocal, the scaling; or those of t, and of B t, whose lanes are summed; two more additions.
     ///
-    /// On tensor cores: a sum of each step's columns, 32 of them or 16 in f32, and within a step four sums, or six in f32,
-    /// which may be cut off instead of rounded; what the halves lose; the squares along 128 lanes; B t in one go; and the
-    /// rest as above.
+    /// On tensor cores: a sum of each step's columns, 32 of them or 16 in f32, and within a step four sums, which may be cut
+    /// off instead of rounded, or in f32 one such sum and one that is rounded, and two of small numbers, 2⁻¹⁰ of the others;
+    /// what the halves lose; the squares along 128 lanes; B t in one go; and the rest as above.
     pub(super) fn roundings(&self) -> usize {
         let Case { dtype, cols, rank, .. } = self.case;
         if self.is_wide() {
-            let sums =
-                if dtype == Dtype::F32 { cols.div_ceil(16) + 12 + LOST_OF_W } else { cols.div_ceil(32) + 8 };
+            let sums = if dtype == Dtype::F32 {
+                cols.div_ceil(16) + 2 + 1 + 1 + LOST_OF_W
+            } else {
+                cols.div_ceil(32) + 8
+            };
             let of_w = sums + self.lost() + 1 + (4 * cols.div_ceil(512) + 8) / 2 + 5;
             return of_w.max(self.roundings_of_t() + rank) + 2;
         }
