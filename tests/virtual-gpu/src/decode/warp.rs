@@ -233,7 +233,7 @@ impl Decoder<'_> {
                 });
             }
         }
-        let mut inst = self.start(i, tensor::multiply(), Class::Tensor)?;
+        let mut inst = self.start(i, tensor::multiply(shape), Class::Tensor)?;
         (inst.imm, inst.ext) = (shape.pack(), self.lists.len() as u32);
         self.lists.push(list);
         self.push(inst);

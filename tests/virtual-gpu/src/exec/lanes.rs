@@ -53,6 +53,13 @@ pub fn has_avx2() -> bool {
     }
 }
 
+/// Whether the versions of tensor cores for AVX-512 can run here.
+#[cfg(target_arch = "x86_64")]
+pub fn has_avx512() -> bool {
+    use std::arch::is_x86_feature_detected as has;
+    has_avx2() && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl")
+}
+
 /// The better of two versions of a handler.
 pub fn choose(base: Handler, fast: Handler) -> Handler {
     if has_avx2() { fast } else { base }

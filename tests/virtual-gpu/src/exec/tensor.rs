@@ -1,6 +1,9 @@
 //! Tensor cores: `ldmatrix`, `stmatrix`, `mma.sync`. Fragments are laid out as in the PTX ISA, section 9.7.15;
 //! below, `g` is lane / 4 and `t` is lane % 4.
 
+#[cfg(target_arch = "x86_64")]
+mod wide;
+
 use super::address::{Request, lanes};
 use super::lanes::{choose, handler};
 use super::traffic::part_waves;
@@ -161,8 +164,17 @@ fn sums_sequential<const K: usize>(f: &Factors<K>, c: &mut [[f64; 8]; 16]) {
     }
 }
 
-/// `mma.sync`: the list holds D, A, B, C; `imm` the [`Shape`].
-pub fn multiply() -> Handler {
+/// `mma.sync` of a shape: the list holds D, A, B, C; `imm` the [`Shape`].
+pub fn multiply(shape: Shape) -> Handler {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(handler) = wide::multiply(shape) {
+        return handler;
+    }
+    multiply_any()
+}
+
+/// The handler for all shapes.
+fn multiply_any() -> Handler {
     unsafe fn base(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
         // SAFETY: the caller's promise.
         unsafe { multiply_body::<false>(m, i, mask) }
@@ -207,9 +219,15 @@ unsafe fn multiply_body<const FUSED: bool>(m: &mut Machine, i: &Inst, mask: u32)
         }
         store_sums(m, shape, d, &c);
     }
-    m.counters.tensor_instructions += 1;
-    m.counters.tensor_multiply_adds += 16 * 8 * u64::from(shape.k);
+    count_product(m, shape.k);
     Flow::Next
+}
+
+/// Counts a product of depth `k`.
+#[inline(always)]
+fn count_product(m: &mut Machine, k: u32) {
+    m.counters.tensor_instructions += 1;
+    m.counters.tensor_multiply_adds += 16 * 8 * u64::from(k);
 }
 
 #[inline(always)]
