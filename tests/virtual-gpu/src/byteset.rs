@@ -16,6 +16,13 @@ fn pieces(offset: usize, len: usize) -> impl Iterator<Item = (usize, u32)> {
     })
 }
 
+/// The word of an aligned access of at most 32 bytes, which touches no other, and the bits of it there.
+#[inline(always)]
+pub fn aligned(offset: usize, len: usize) -> (usize, u32) {
+    debug_assert!(len.is_power_of_two() && len <= 32 && offset.is_multiple_of(len));
+    (offset / 32, u32::MAX >> (32 - len) << (offset % 32))
+}
+
 impl ByteSet {
     /// The empty set, for a memory of `len` bytes. Its storage is not touched before it is written to.
     pub fn new(len: usize) -> Self {
@@ -32,6 +39,12 @@ impl ByteSet {
     #[inline(always)]
     pub fn insert_word(&mut self, n: usize, bits: u32) {
         self.words[n] |= bits;
+    }
+
+    /// Takes the bytes of `bits` out of word `n`.
+    #[inline(always)]
+    pub fn remove_word(&mut self, n: usize, bits: u32) {
+        self.words[n] &= !bits;
     }
 
     /// Whether all bytes of the range are in the set.
@@ -70,7 +83,7 @@ impl ByteSet {
 
 #[cfg(test)]
 mod tests {
-    use super::ByteSet;
+    use super::{ByteSet, aligned};
 
     #[test]
     fn ranges() {
@@ -84,6 +97,11 @@ mod tests {
         assert!(set.covers(30, 1) && set.covers(65, 5) && !set.meets(31, 34));
         set.insert_word(3, 0b1000);
         assert!(set.covers(99, 1));
+        let (word, bits) = aligned(48, 16);
+        assert!((word, bits) == (1, 0xffff_0000) && aligned(64, 32) == (2, u32::MAX));
+        set.insert(40, 24);
+        set.remove_word(word, bits);
+        assert!(!set.meets(48, 16) && set.covers(40, 8));
         set.clear();
         assert!(!set.meets(0, 100));
     }

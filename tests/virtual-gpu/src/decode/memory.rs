@@ -269,7 +269,7 @@ impl Decoder<'_> {
                 _ if all => -1,
                 _ => return self.error(i, "a count of groups is due"),
             };
-            let mut inst = self.start(i, copy::wait, Class::Memory)?;
+            let mut inst = self.start(i, copy::wait(), Class::Memory)?;
             inst.imm = keep;
             self.push(inst);
             return Ok(());

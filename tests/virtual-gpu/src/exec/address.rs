@@ -183,32 +183,4 @@ impl Request {
             }
         }
     }
-
-    /// Whether it is plain that no two lanes meet in a byte, as aligned accesses of one length do if their addresses
-    /// are the same.
-    #[inline(always)]
-    pub fn apart(&self) -> bool {
-        let shift = self.len.trailing_zeros();
-        let (low, _, _) = self.union();
-        // A bit for each place up to 256 places from the lowest.
-        let mut seen = [0u64; 4];
-        let mut apart = true;
-        for lane in lanes(self.mask) {
-            let place = (self.at[lane] - low) >> shift;
-            let (word, bit) = ((place >> 6) as usize & 3, 1 << (place & 63));
-            apart &= place < 256 && seen[word] & bit == 0;
-            seen[word] |= bit;
-        }
-        apart || self.rises()
-    }
-
-    /// Whether each lane's bytes lie above those of the lanes before it.
-    fn rises(&self) -> bool {
-        let mut end = 0;
-        lanes(self.mask).all(|lane| {
-            let above = self.at[lane] >= end;
-            end = self.at[lane].saturating_add(u64::from(self.len));
-            above
-        })
-    }
 }

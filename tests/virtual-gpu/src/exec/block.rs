@@ -3,6 +3,7 @@
 use crate::byteset::ByteSet;
 use crate::program::{Chunk, Kernel, NO_JOIN};
 use crate::sanitizer::blocks::BlockOrder;
+use std::collections::VecDeque;
 
 /// Lanes set aside while others of their warp run.
 #[derive(Debug, Clone, Copy)]
@@ -63,7 +64,7 @@ pub struct Warp {
     /// Warp barriers passed.
     pub warp_phase: u32,
     /// Copies in flight.
-    pub copies: Vec<Pending>,
+    pub copies: VecDeque<Pending>,
     /// Groups of copies that each lane has closed.
     pub groups: [u32; 32],
     /// Where the result of the barrier reduction goes: slot or predicate, and whether it is a predicate.
@@ -134,7 +135,7 @@ impl Block {
                 stack: Vec::new(),
                 status: Status::Ready,
                 warp_phase: 0,
-                copies: Vec::new(),
+                copies: VecDeque::new(),
                 groups: [0; 32],
                 reduction: None,
             }

@@ -7,6 +7,7 @@ use super::lanes::handler;
 use super::traffic::Sectors;
 use super::window::{check, count_shared, report_race, stamp};
 use super::{Fault, Machine};
+use crate::byteset::aligned;
 use crate::memory::{Allocation, SHARED_WINDOW};
 use crate::program::{Flow, Inst};
 use crate::ptx::ast::Space;
@@ -37,7 +38,11 @@ unsafe fn copy_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
         let from = addresses(m, i.b, true, source_offset);
         let sizes = if i.c == crate::program::SINK { [len; 32] } else { *m.slot(i.c).cast::<[u32; 32]>() };
         // Shorter sources are checked one by one: they may end where an allocation ends.
-        let reading = lanes(mask).filter(|&l| sizes[l] >= len).fold(0, |all, l| all | 1u32 << l);
+        let mut reading = 0;
+        for (lane, &size) in sizes.iter().enumerate() {
+            reading |= u32::from(size >= len) << lane;
+        }
+        reading &= mask;
         let target = Request::new(to, mask, len);
         if let Err(flow) = check(m, i, Space::Shared, &target, "cp.async") {
             return flow;
@@ -78,11 +83,12 @@ unsafe fn copy_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
             return flow;
         }
         for lane in lanes(mask) {
-            m.block.in_flight.insert(to[lane] as usize, len as usize);
+            let (word, bits) = aligned(to[lane] as usize, len as usize);
+            m.block.in_flight.insert_word(word, bits);
         }
         m.block.in_flight_count += 1;
         let warp = m.warp;
-        m.block.warps[warp].copies.push(pending);
+        m.block.warps[warp].copies.push_back(pending);
         if reading != 0 {
             note_global(m, i, site, (&source, &sectors), blocks::Use::Read);
         }
@@ -163,36 +169,66 @@ pub unsafe fn commit(m: &mut Machine, _i: &Inst, mask: u32) -> Flow {
     Flow::Next
 }
 
-/// `cp.async.wait_group n` (`imm` = n) and `cp.async.wait_all` (`imm` = -1).
-pub unsafe fn wait(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+handler! {
+    /// `cp.async.wait_group n` (`imm` = n) and `cp.async.wait_all` (`imm` = -1).
+    wait = wait_body
+}
+
+#[inline(always)]
+unsafe fn wait_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     let warp = m.warp;
     land(m, warp, mask, i.imm.max(0) as u32, i.imm < 0);
     Flow::Next
 }
 
 /// Lets the copies of `warp` land, all but the `keep` latest closed groups of each lane in `mask`.
+#[inline(always)]
 pub fn land(m: &mut Machine, warp: usize, mask: u32, keep: u32, all: bool) {
     let groups = m.block.warps[warp].groups;
     let mut copies = std::mem::take(&mut m.block.warps[warp].copies);
-    copies.retain_mut(|copy| {
-        let closed = |lane: usize| copy.groups[lane] + keep < groups[lane];
-        let landing = lanes(copy.mask & mask).filter(|&l| all || closed(l)).fold(0, |all, l| all | 1u32 << l);
-        let len = copy.len as usize;
-        for lane in lanes(landing) {
-            let at = copy.offsets[lane] as usize;
-            m.block.shared[at..at + len].copy_from_slice(&copy.data[lane][..len]);
-            m.block.shared_written.insert(at, len);
-            m.block.in_flight.remove(at, len);
-            if m.settings.options.races {
-                let warp_phase = m.block.warps[warp].warp_phase;
-                let now = Stamp::new(m.block.phase, warp_phase, (warp * 32 + lane) as u32);
-                // A race with the copy was found when it was asked for; this moves its time to now.
-                m.history.access(at, len, now, Use::Write);
-            }
+    for copy in &mut copies {
+        let mut landing = 0;
+        for lane in 0..32 {
+            landing |= u32::from(all | (copy.groups[lane] + keep < groups[lane])) << lane;
         }
-        copy.mask &= !landing;
-        m.block.in_flight_count -= usize::from(copy.mask == 0);
-        copy.mask != 0
-    });
+        landing &= copy.mask & mask;
+        if landing != 0 {
+            land_lanes(m, warp, copy, landing);
+            copy.mask &= !landing;
+            m.block.in_flight_count -= usize::from(copy.mask == 0);
+        }
+    }
+    // They nearly always land in order, so that nothing is moved.
+    while copies.front().is_some_and(|copy| copy.mask == 0) {
+        copies.pop_front();
+    }
+    copies.retain(|copy| copy.mask != 0);
     m.block.warps[warp].copies = copies;
+}
+
+/// The lanes `landing` of a copy land.
+#[inline(always)]
+fn land_lanes(m: &mut Machine, warp: usize, copy: &Pending, landing: u32) {
+    let len = copy.len as usize;
+    for lane in lanes(landing) {
+        let at = copy.offsets[lane] as usize;
+        match len {
+            16 => m.block.shared[at..at + 16].copy_from_slice(&copy.data[lane]),
+            _ => m.block.shared[at..at + len].copy_from_slice(&copy.data[lane][..len]),
+        }
+        let (word, bits) = aligned(at, len);
+        m.block.shared_written.insert_word(word, bits);
+        m.block.in_flight.remove_word(word, bits);
+    }
+    if !m.settings.options.races {
+        return;
+    }
+    // A race with the copy was found when it was asked for; this moves its time to now.
+    let now = Stamp::new(m.block.phase, m.block.warps[warp].warp_phase, (warp * 32) as u32);
+    let request = Request::new(copy.offsets.map(u64::from), landing, copy.len);
+    if !m.history.plain(&request, now, Use::Write) {
+        for lane in lanes(landing) {
+            m.history.access(copy.offsets[lane] as usize, len, now.lane(lane), Use::Write);
+        }
+    }
 }

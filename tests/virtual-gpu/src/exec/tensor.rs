@@ -6,7 +6,7 @@ mod wide;
 
 use super::address::{Request, lanes};
 use super::lanes::{choose, handler};
-use super::traffic::part_waves;
+use super::traffic::waves_of;
 use super::window::{check, note_read, write_shared};
 use super::{Accumulate, Machine};
 use crate::memory::SHARED_WINDOW;
@@ -343,11 +343,11 @@ unsafe fn rows(m: &mut Machine, i: &Inst, mask: u32, count: usize, verb: &str) -
     let request = Request::new(at, mask & used, 16);
     check(m, i, Space::Shared, &request, verb)?;
     if m.settings.options.traffic {
+        // Each matrix is a part of its own.
+        let (waves, ideal) = waves_of(&at, used, 16, false);
         m.counters.shared_requests += 1;
-        for matrix in 0..count {
-            m.counters.shared_waves += part_waves(&at, 0xff << (matrix * 8), 16);
-            m.counters.shared_ideal_waves += 1;
-        }
+        m.counters.shared_waves += waves;
+        m.counters.shared_ideal_waves += ideal;
     }
     Ok(request)
 }

@@ -42,7 +42,14 @@ impl Sectors {
                 (sectors.keys[0], sectors.masks[0]) = (first >> 5, bytes_of(first, len));
             }
             _ => {
-                if !sectors.apart(request) && !sectors.rising(request) {
+                let found = sectors.apart(request)
+                    || match len {
+                        16 => sectors.whole::<2>(request),
+                        8 => sectors.whole::<4>(request),
+                        4 => sectors.whole::<8>(request),
+                        _ => false,
+                    };
+                if !found && !sectors.rising(request) {
                     sectors.any(request);
                 }
             }
@@ -62,6 +69,26 @@ impl Sectors {
         }
         self.count = 32;
         apart
+    }
+
+    /// The sectors of a full warp of which each `LANES` lanes read a whole one, above those before; false if not.
+    #[inline(always)]
+    fn whole<const LANES: usize>(&mut self, request: &Request) -> bool {
+        let mut whole = request.mask == u32::MAX;
+        let mut apart = 0;
+        for (lane, &address) in request.at.iter().enumerate() {
+            let first = request.at[lane / LANES * LANES];
+            apart |= first & 31 | address ^ first.wrapping_add((lane % LANES * 32 / LANES) as u64);
+        }
+        whole &= apart == 0;
+        self.count = 32 / LANES;
+        for n in 0..self.count {
+            (self.keys[n], self.masks[n]) = (request.at[n * LANES] >> 5, u32::MAX);
+        }
+        for n in 1..self.count {
+            whole &= self.keys[n] > self.keys[n - 1];
+        }
+        whole
     }
 
     /// The sectors of lanes whose addresses don't fall: each is that of the lane before, or new. False if one falls.
@@ -120,16 +147,22 @@ impl Sectors {
 /// bytes go in two halves of the warp, of 16 bytes in four quarters.
 #[inline(always)]
 pub fn waves(request: &Request) -> (u64, u64) {
-    let (mask, len) = (request.mask, request.len);
-    let lanes = if len <= 4 { 32 } else { 128 / len };
     // A run that begins at a word, or one address for all, uses no bank for two things.
     let smooth =
         request.pattern == Pattern::Same || request.pattern == Pattern::Run && request.first() & 3 == 0;
+    waves_of(&request.at, request.mask, request.len, smooth)
+}
+
+/// The same from the addresses of aligned accesses; `smooth` if it is known that none has to wait for another.
+#[inline(always)]
+pub fn waves_of(at: &[u64; 32], mask: u32, len: u32, smooth: bool) -> (u64, u64) {
+    let lanes = if len <= 4 { 32 } else { 128 / len };
     let (mut total, mut ideal, mut first) = (0, 0, 0);
+    let banks = if smooth { [0; 32] } else { banks_of(at, len) };
     while first < 32 {
         let part = mask & (u32::MAX >> (32 - lanes)) << first;
         if part != 0 {
-            total += if smooth { 1 } else { part_waves(&request.at, part, len) };
+            total += if smooth { 1 } else { part_waves(at, &banks, part, len) };
             ideal += 1;
         }
         first += lanes;
@@ -137,10 +170,31 @@ pub fn waves(request: &Request) -> (u64, u64) {
     (total, ideal)
 }
 
-/// Passes of one part of a request, of aligned accesses: each pass serves one word of each bank, to all lanes that
-/// want it. Accesses of 8 or 16 bytes use two or four banks together, because they are aligned.
+/// The bank of each lane's access, as a bit. Accesses of 8 or 16 bytes use two or four banks together, because they
+/// are aligned: these count as one.
 #[inline(always)]
-pub fn part_waves(at: &[u64; 32], mask: u32, len: u32) -> u64 {
+fn banks_of(at: &[u64; 32], len: u32) -> [u32; 32] {
+    let shift = len.max(4).trailing_zeros();
+    let last = (128u32 >> shift) - 1;
+    let mut banks = [0; 32];
+    for (bank, &address) in banks.iter_mut().zip(at) {
+        *bank = 1 << ((address >> shift) as u32 & last);
+    }
+    banks
+}
+
+/// Passes of one part of a request: each pass serves one word of each bank, to all lanes that want it.
+#[inline(always)]
+fn part_waves(at: &[u64; 32], banks: &[u32; 32], mask: u32, len: u32) -> u64 {
+    let mut used = 0u32;
+    for lane in lanes(mask) {
+        used |= banks[lane];
+    }
+    if used.count_ones() == mask.count_ones() { 1 } else { passes(at, mask, len) }
+}
+
+#[inline(never)]
+fn passes(at: &[u64; 32], mask: u32, len: u32) -> u64 {
     let shift = len.max(4).trailing_zeros();
     let banks = (128u32 >> shift) - 1;
     let mut served = [0u32; 32];
@@ -206,6 +260,15 @@ mod tests {
         assert_eq!(sectors(strided(4).map(|a| 4096 + a), u32::MAX, 4), (4, 128));
         assert_eq!(sectors(strided(4).map(|a| 4100 + a), u32::MAX, 4), (5, 128));
         assert_eq!(sectors(strided(16), u32::MAX, 16), (16, 512));
+        // Rows of 64 bytes, 100 sectors apart, and the same with a gap that makes halves of sectors.
+        let rows = |len: u64, start: u64| {
+            std::array::from_fn(|lane: usize| start + lane as u64 * len / 64 * 3200 + lane as u64 * len % 64)
+        };
+        for len in [4, 8, 16] {
+            assert_eq!(sectors(rows(len, 4096), u32::MAX, len as u32), (len as usize, 32 * len));
+            assert_eq!(sectors(rows(len, 4112), u32::MAX, len as u32), (len as usize * 3 / 2, 32 * len));
+            assert_eq!(sectors(rows(len, 4096), u32::MAX >> 1, len as u32), (len as usize, 31 * len));
+        }
         assert_eq!(sectors(strided(34), u32::MAX, 2), (32, 64));
         assert_eq!(sectors(strided(0).map(|a| 4100 + a), u32::MAX, 4), (1, 4));
         assert_eq!(sectors(strided(4), 0xff00, 4), (1, 32));

@@ -2,6 +2,7 @@
 
 use super::address::{Pattern, Request, lanes};
 use super::{Fault, Machine, traffic, values};
+use crate::byteset::aligned;
 use crate::program::{Access, Flow, Inst};
 use crate::ptx::ast::Space;
 use crate::sanitizer::Kind;
@@ -88,11 +89,14 @@ pub fn note_read(m: &mut Machine, i: &Inst, request: &Request) {
         Pattern::Run => sound(m, request.first() as usize, 32 * len),
         Pattern::Same => sound(m, request.first() as usize, len),
         Pattern::Other => {
-            let mut all = true;
+            let (block, watched) = (&m.block, options.races && m.block.in_flight_count != 0);
+            let (mut unwritten, mut flying) = (0, 0);
             for lane in lanes(request.mask) {
-                all &= sound(m, request.at[lane] as usize, len);
+                let (word, bits) = aligned(request.at[lane] as usize, len);
+                unwritten |= bits & !block.shared_written.word(word);
+                flying |= bits & block.in_flight.word(word);
             }
-            all
+            (!options.uninitialised || unwritten == 0) && (!watched || flying == 0)
         }
     };
     let now = stamp(m, 0);
@@ -216,7 +220,8 @@ pub unsafe fn store(m: &mut Machine, i: &Inst, access: &Access, space: Space, re
                 m.block.shared_written.insert(request.first() as usize, 32 * len);
             } else {
                 for lane in lanes(request.mask) {
-                    m.block.shared_written.insert(request.at[lane] as usize, len);
+                    let (word, bits) = aligned(request.at[lane] as usize, len);
+                    m.block.shared_written.insert_word(word, bits);
                 }
             }
         } else {

@@ -106,6 +106,8 @@ pub struct SharedHistory {
     bytes: Cells,
     split: ByteSet,
     any_split: bool,
+    /// For each word, a lane that accesses it: means something within one request only.
+    lanes: Vec<u8>,
 }
 
 /// The last write and the last reads of each word or byte.
@@ -124,6 +126,7 @@ impl SharedHistory {
             bytes: Cells::default(),
             split: ByteSet::new(words),
             any_split: false,
+            lanes: vec![0; words],
         }
     }
 
@@ -183,11 +186,28 @@ impl SharedHistory {
                 }
                 true
             }
-            Pattern::Other if how == Use::Read || request.apart() => {
+            Pattern::Other => {
                 // Loops and not closures, which would be compiled for the baseline.
+                if self.any_split {
+                    for lane in lanes(request.mask) {
+                        if self.splits(request.at[lane] as usize, len) {
+                            return false;
+                        }
+                    }
+                }
+                if self.apart(request) {
+                    return match count {
+                        1 => self.words.plain_apart::<1, 32>(request, now, how),
+                        2 => self.words.plain_apart::<2, 64>(request, now, how),
+                        4 => self.words.plain_apart::<4, 128>(request, now, how),
+                        _ => false,
+                    };
+                }
+                if how != Use::Read {
+                    return false;
+                }
                 for lane in lanes(request.mask) {
-                    let at = request.at[lane] as usize;
-                    if self.splits(at, len) || !self.words.is_plain(at / 4, count, now.lane(lane), how) {
+                    if !self.words.is_plain(request.at[lane] as usize / 4, count, now.lane(lane), how) {
                         return false;
                     }
                 }
@@ -198,6 +218,19 @@ impl SharedHistory {
             }
             _ => false,
         }
+    }
+
+    /// Whether no two lanes meet in a word. Accesses are aligned and of one length: those that meet begin together.
+    #[inline(always)]
+    fn apart(&mut self, request: &Request) -> bool {
+        for lane in lanes(request.mask) {
+            self.lanes[request.at[lane] as usize / 4] = lane as u8;
+        }
+        let mut apart = true;
+        for lane in lanes(request.mask) {
+            apart &= self.lanes[request.at[lane] as usize / 4] == lane as u8;
+        }
+        apart
     }
 
     /// Whether any word of the range is tracked byte by byte.
@@ -302,6 +335,52 @@ impl Cells {
         plain
     }
 
+    /// The same for lanes that are apart, `COUNT` words each and `WORDS` for 32: brought together they are a run.
+    #[inline(always)]
+    fn plain_apart<const COUNT: usize, const WORDS: usize>(
+        &mut self,
+        request: &Request,
+        now: Stamp,
+        how: Use,
+    ) -> bool {
+        // Stamps of lanes that don't take part are those of before the first phase.
+        let mut stamps = [Stamp::default(); WORDS];
+        self.gather::<COUNT>(request, &mut stamps, Use::Write);
+        if !all_ordered::<COUNT>(&stamps, now) {
+            return false;
+        }
+        self.gather::<COUNT>(request, &mut stamps, Use::Read);
+        let settled = all_settled::<COUNT>(&stamps, now);
+        if how == Use::Read && !settled {
+            for (k, read) in stamps.iter_mut().enumerate() {
+                *read = merge(*read, now.lane(k / COUNT));
+            }
+        } else {
+            if !settled && !all_ordered::<COUNT>(&stamps, now) {
+                return false;
+            }
+            for (k, stamp) in stamps.iter_mut().enumerate() {
+                *stamp = now.lane(k / COUNT);
+            }
+        }
+        let cells = if how == Use::Read { &mut self.reads } else { &mut self.writes };
+        for lane in lanes(request.mask) {
+            let n = request.at[lane] as usize / 4;
+            cells[n..n + COUNT].copy_from_slice(&stamps[lane * COUNT..][..COUNT]);
+        }
+        true
+    }
+
+    /// Brings the last reads or writes of a request's words together, `COUNT` a lane.
+    #[inline(always)]
+    fn gather<const COUNT: usize>(&self, request: &Request, stamps: &mut [Stamp], of: Use) {
+        let cells = if of == Use::Read { &self.reads } else { &self.writes };
+        for lane in lanes(request.mask) {
+            let n = request.at[lane] as usize / 4;
+            stamps[lane * COUNT..][..COUNT].copy_from_slice(&cells[n..n + COUNT]);
+        }
+    }
+
     #[inline(always)]
     fn access(&mut self, n: usize, now: Stamp, how: Use) -> Option<Race> {
         let (write, read) = (self.writes[n], self.reads[n]);
@@ -329,11 +408,24 @@ impl Cells {
 #[inline(always)]
 fn all_ordered<const COUNT: usize>(stamps: &[Stamp], now: Stamp) -> bool {
     // Most are settled, which costs less to ask.
+    if all_settled::<COUNT>(stamps, now) {
+        return true;
+    }
+    let mut all = true;
+    for (k, &stamp) in stamps.iter().enumerate() {
+        all &= ordered(stamp, now.lane(k / COUNT));
+    }
+    all
+}
+
+/// The same for [`Stamp::settled`].
+#[inline(always)]
+fn all_settled<const COUNT: usize>(stamps: &[Stamp], now: Stamp) -> bool {
     let mut settled = true;
     for (k, stamp) in stamps.iter().enumerate() {
         settled &= stamp.settled(now.lane(k / COUNT));
     }
-    settled || stamps.iter().enumerate().all(|(k, &stamp)| ordered(stamp, now.lane(k / COUNT)))
+    settled
 }
 
 /// Both readers in one stamp: the later phase wins, several threads become "many".
