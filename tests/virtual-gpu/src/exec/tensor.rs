@@ -2,7 +2,9 @@
 //! below, `g` is lane / 4 and `t` is lane % 4.
 
 #[cfg(target_arch = "x86_64")]
-mod wide;
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 
 use super::address::{Request, lanes};
 use super::lanes::{choose, handler};
@@ -167,11 +169,16 @@ fn sums_sequential<const K: usize>(f: &Factors<K>, c: &mut [[f64; 8]; 16]) {
 /// `mma.sync` of a shape: the list holds D, A, B, C; `imm` the [`Shape`].
 pub fn multiply(shape: Shape) -> Handler {
     #[cfg(target_arch = "x86_64")]
-    if let Some(handler) = wide::multiply(shape) {
+    if let Some(handler) = avx512::multiply(shape).or_else(|| avx2::multiply(shape)) {
         return handler;
     }
     multiply_any()
 }
+
+// Element types by number, for functions compiled for each.
+const F16: u8 = 0;
+const BF16: u8 = 1;
+const TF32: u8 = 2;
 
 /// The handler for all shapes.
 fn multiply_any() -> Handler {
@@ -431,4 +438,94 @@ pub unsafe fn store_matrix(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
         }
     }
     Flow::Next
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::{avx2, avx512, multiply_any};
+    use crate::counters::Class;
+    use crate::exec::launch::run;
+    use crate::exec::{Accumulate, Settings, Shape, draw};
+    use crate::memory::{Memory, State};
+    use crate::program::{Handler, Kernel};
+    use crate::sanitizer::Options;
+    use std::sync::Arc;
+
+    /// One product by one warp: registers of A, B and C in, of D out, 128 bytes each. None if there is no handler.
+    fn kernel(form: &str, handler: impl Fn(super::Shape) -> Option<Handler>) -> Option<Arc<Kernel>> {
+        let mut text = format!(
+            ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 in, .param .u64 out) {{\n\
+             .reg .b64 %i, %o; .reg .b32 %t, %r<14>;\n\
+             ld.param.u64 %i, [in]; ld.param.u64 %o, [out]; mov.u32 %t, %tid.x;\n\
+             mad.wide.u32 %i, %t, 4, %i; mad.wide.u32 %o, %t, 4, %o;\n"
+        );
+        (0..10).for_each(|n| text += &format!("ld.global.b32 %r{n}, [%i+{}];\n", n * 128));
+        text += &format!(
+            "mma.sync.aligned.{form} {{%r10, %r11, %r12, %r13}}, {{%r0, %r1, %r2, %r3}}, {{%r4, %r5}}, \
+             {{%r6, %r7, %r8, %r9}};\n"
+        );
+        (0..4).for_each(|n| text += &format!("st.global.b32 [%o+{}], %r{};\n", n * 128, n + 10));
+        text += "ret;\n}\n";
+        let module = crate::ptx::parser::parse(&text).unwrap();
+        let mut kernel = crate::decode::decode(&module, &Default::default()).unwrap().remove(0);
+        let tensor = kernel.code.iter_mut().find(|inst| inst.class == Class::Tensor).unwrap();
+        tensor.run = handler(super::Shape::unpack(tensor.imm))?;
+        Some(Arc::new(kernel))
+    }
+
+    fn product(kernel: &Arc<Kernel>, registers: &[u32; 320], accumulate: Accumulate) -> Vec<u8> {
+        let mut memory = Memory::new(1 << 20, 0);
+        let bytes: Vec<u8> = registers.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let input = memory.allocate(1280, State::Live).unwrap();
+        let output = memory.allocate(512, State::Live).unwrap();
+        memory.at(input).unwrap().write(0, &bytes);
+        let params = [input, output].into_iter().flat_map(u64::to_le_bytes).collect();
+        let (grid, block) = ([1; 3], [32, 1, 1]);
+        let shape = Shape { grid, block, dynamic_shared: 0, params, cooperative: false, number: 1 };
+        let settings = Settings { options: Options::ALL, seed: 0, accumulate, budget: 1 << 20 };
+        let outcome = run(kernel, shape, &mut memory, settings, 108, 108);
+        assert_eq!((outcome.reports, outcome.counters.tensor_instructions), (vec![], 1));
+        memory.at(output).unwrap().snapshot(0, 512).0
+    }
+
+    /// Bits of all kinds, of numbers that need many places, subnormals, infinities and NaN.
+    #[test]
+    fn products_are_those_of_the_plain_way() {
+        let mut state = 1;
+        for (form, bits, exponent) in [
+            ("m16n8k16.row.col.f32.f16.f16.f32", 16, 5),
+            ("m16n8k16.row.col.f32.bf16.bf16.f32", 16, 8),
+            ("m16n8k8.row.col.f32.tf32.tf32.f32", 32, 8),
+        ] {
+            let plain = kernel(form, |_| Some(multiply_any())).unwrap();
+            let others = [kernel(form, avx2::multiply), kernel(form, avx512::multiply)];
+            // A number whose exponent is below the largest by at most `spread`; anything every so often.
+            let mut number = |bits: u32, exponent: u32, spread: u64, special: u64| {
+                let x = draw(&mut state) as u32 >> (32 - bits);
+                let field = (1 << exponent) - 1 << (bits - 1 - exponent);
+                let low =
+                    ((1 << (exponent - 1)) - (draw(&mut state) % spread) as u32) << (bits - 1 - exponent);
+                if draw(&mut state) % special == 0 { x } else { x & !field | low & field }
+            };
+            for round in 0..400 {
+                let (spread, special) =
+                    ([1, 8, 1 << (exponent - 1)][round % 3], [1, 20, 1000, 1 << 40][round % 4]);
+                let mut registers = [0; 320];
+                for word in &mut registers[..192] {
+                    *word = number(bits, exponent, spread, special);
+                    if bits == 16 {
+                        *word |= number(bits, exponent, spread, special) << 16;
+                    }
+                }
+                registers[192..].iter_mut().for_each(|word| *word = number(32, 8, spread, special));
+                for mode in [Accumulate::Exact, Accumulate::Truncating, Accumulate::Sequential] {
+                    let want = product(&plain, &registers, mode);
+                    for (n, other) in others.iter().enumerate().filter_map(|(n, k)| Some((n, k.as_ref()?))) {
+                        let got = product(other, &registers, mode);
+                        assert_eq!(got, want, "{form} {mode:?}, round {round}, handler {n}");
+                    }
+                }
+            }
+        }
+    }
 }

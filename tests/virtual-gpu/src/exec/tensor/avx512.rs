@@ -4,7 +4,7 @@
 
 use super::super::lanes::has_avx512;
 use super::{Accumulate, Element, Flow, Handler, Inst, Kernel, Machine, Shape};
-use super::{count_product, multiply_any, require_all};
+use super::{BF16, F16, TF32, count_product, multiply_any, require_all};
 use crate::num::NAN32;
 use std::arch::x86_64::*;
 
@@ -12,10 +12,6 @@ use std::arch::x86_64::*;
 type Words = [u32; 32];
 /// For each column, the sums of rows 0 to 7 and those of rows 8 to 15.
 type Sums = [[__m512d; 2]; 8];
-
-const F16: u8 = 0;
-const BF16: u8 = 1;
-const TF32: u8 = 2;
 
 /// The handler for a shape; None if there is none here, or the CPU can't.
 pub(super) fn multiply(shape: Shape) -> Option<Handler> {
@@ -250,91 +246,4 @@ fn store(sums: &Sums, narrow: impl Fn(__m512d) -> __m256) -> [[__m512i; 2]; 4] {
 fn canonical(floats: __m512) -> __m512i {
     let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(floats, floats);
     _mm512_mask_mov_epi32(_mm512_castps_si512(floats), nan, _mm512_set1_epi32(NAN32 as i32))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::multiply_any;
-    use crate::counters::Class;
-    use crate::exec::launch::run;
-    use crate::exec::{Accumulate, Settings, Shape, draw};
-    use crate::memory::{Memory, State};
-    use crate::program::Kernel;
-    use crate::sanitizer::Options;
-    use std::sync::Arc;
-
-    /// One product by one warp: registers of A, B and C in, of D out, 128 bytes each.
-    fn kernel(form: &str) -> Kernel {
-        let mut text = format!(
-            ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 in, .param .u64 out) {{\n\
-             .reg .b64 %i, %o; .reg .b32 %t, %r<14>;\n\
-             ld.param.u64 %i, [in]; ld.param.u64 %o, [out]; mov.u32 %t, %tid.x;\n\
-             mad.wide.u32 %i, %t, 4, %i; mad.wide.u32 %o, %t, 4, %o;\n"
-        );
-        (0..10).for_each(|n| text += &format!("ld.global.b32 %r{n}, [%i+{}];\n", n * 128));
-        text += &format!(
-            "mma.sync.aligned.{form} {{%r10, %r11, %r12, %r13}}, {{%r0, %r1, %r2, %r3}}, {{%r4, %r5}}, \
-             {{%r6, %r7, %r8, %r9}};\n"
-        );
-        (0..4).for_each(|n| text += &format!("st.global.b32 [%o+{}], %r{};\n", n * 128, n + 10));
-        text += "ret;\n}\n";
-        let module = crate::ptx::parser::parse(&text).unwrap();
-        crate::decode::decode(&module, &Default::default()).unwrap().remove(0)
-    }
-
-    fn product(kernel: &Arc<Kernel>, registers: &[u32; 320], accumulate: Accumulate) -> Vec<u8> {
-        let mut memory = Memory::new(1 << 20, 0);
-        let bytes: Vec<u8> = registers.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let input = memory.allocate(1280, State::Live).unwrap();
-        let output = memory.allocate(512, State::Live).unwrap();
-        memory.at(input).unwrap().write(0, &bytes);
-        let params = [input, output].into_iter().flat_map(u64::to_le_bytes).collect();
-        let (grid, block) = ([1; 3], [32, 1, 1]);
-        let shape = Shape { grid, block, dynamic_shared: 0, params, cooperative: false, number: 1 };
-        let settings = Settings { options: Options::ALL, seed: 0, accumulate, budget: 1 << 20 };
-        let outcome = run(kernel, shape, &mut memory, settings, 108, 108);
-        assert_eq!((outcome.reports, outcome.counters.tensor_instructions), (vec![], 1));
-        memory.at(output).unwrap().snapshot(0, 512).0
-    }
-
-    /// Bits of all kinds, of numbers that need many places, subnormals, infinities and NaN.
-    #[test]
-    fn products_are_those_of_the_plain_way() {
-        let mut state = 1;
-        for (form, bits, exponent) in [
-            ("m16n8k16.row.col.f32.f16.f16.f32", 16, 5),
-            ("m16n8k16.row.col.f32.bf16.bf16.f32", 16, 8),
-            ("m16n8k8.row.col.f32.tf32.tf32.f32", 32, 8),
-        ] {
-            let chosen = Arc::new(kernel(form));
-            let mut plain = kernel(form);
-            let tensor = plain.code.iter_mut().filter(|inst| inst.class == Class::Tensor);
-            tensor.for_each(|inst| inst.run = multiply_any());
-            let plain = Arc::new(plain);
-            // A number whose exponent is below the largest by at most `spread`; anything every so often.
-            let mut number = |bits: u32, exponent: u32, spread: u64, special: u64| {
-                let x = draw(&mut state) as u32 >> (32 - bits);
-                let field = (1 << exponent) - 1 << (bits - 1 - exponent);
-                let low =
-                    ((1 << (exponent - 1)) - (draw(&mut state) % spread) as u32) << (bits - 1 - exponent);
-                if draw(&mut state) % special == 0 { x } else { x & !field | low & field }
-            };
-            for round in 0..400 {
-                let (spread, special) =
-                    ([1, 8, 1 << (exponent - 1)][round % 3], [1, 20, 1000, 1 << 40][round % 4]);
-                let mut registers = [0; 320];
-                for word in &mut registers[..192] {
-                    *word = number(bits, exponent, spread, special);
-                    if bits == 16 {
-                        *word |= number(bits, exponent, spread, special) << 16;
-                    }
-                }
-                registers[192..].iter_mut().for_each(|word| *word = number(32, 8, spread, special));
-                for mode in [Accumulate::Exact, Accumulate::Truncating, Accumulate::Sequential] {
-                    let (got, want) = (product(&chosen, &registers, mode), product(&plain, &registers, mode));
-                    assert_eq!(got, want, "{form} {mode:?}, round {round}");
-                }
-            }
-        }
-    }
 }
