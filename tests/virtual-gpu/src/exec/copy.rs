@@ -188,8 +188,8 @@ pub fn land(m: &mut Machine, warp: usize, mask: u32, keep: u32, all: bool) {
     let mut copies = std::mem::take(&mut m.block.warps[warp].copies);
     for copy in &mut copies {
         let mut landing = 0;
-        for lane in 0..32 {
-            landing |= u32::from(all | (copy.groups[lane] + keep < groups[lane])) << lane;
+        for (lane, (group, closed)) in copy.groups.iter().zip(&groups).enumerate() {
+            landing |= u32::from(all | (group + keep < *closed)) << lane;
         }
         landing &= copy.mask & mask;
         if landing != 0 {

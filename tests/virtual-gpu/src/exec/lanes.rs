@@ -65,7 +65,8 @@ pub fn choose(base: Handler, fast: Handler) -> Handler {
     if has_avx2() { fast } else { base }
 }
 
-/// Defines a function that gives the better of two compilations of a handler.
+/// Defines a function that gives the best of three compilations of a handler: with AVX-512 the 64-bit addresses and
+/// stamps of a warp take half of the instructions.
 macro_rules! handler {
     ($(#[$doc:meta])* $name:ident = $body:ident) => {
         $(#[$doc])*
@@ -78,6 +79,16 @@ macro_rules! handler {
             unsafe fn fast(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
                 // SAFETY: the caller's promise.
                 unsafe { $body(m, i, mask) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
+            unsafe fn widest(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
+                // SAFETY: the caller's promise.
+                unsafe { $body(m, i, mask) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            if crate::exec::lanes::has_avx512() {
+                return widest;
             }
             crate::exec::lanes::choose(base, fast)
         }

@@ -453,11 +453,11 @@ mod tests {
 
     /// One product by one warp: registers of A, B and C in, of D out, 128 bytes each. None if there is no handler.
     fn kernel(form: &str, handler: impl Fn(super::Shape) -> Option<Handler>) -> Option<Arc<Kernel>> {
-        let mut text = format!(
-            ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 in, .param .u64 out) {{\n\
+        let mut text = String::from(
+            ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 in, .param .u64 out) {\n\
              .reg .b64 %i, %o; .reg .b32 %t, %r<14>;\n\
              ld.param.u64 %i, [in]; ld.param.u64 %o, [out]; mov.u32 %t, %tid.x;\n\
-             mad.wide.u32 %i, %t, 4, %i; mad.wide.u32 %o, %t, 4, %o;\n"
+             mad.wide.u32 %i, %t, 4, %i; mad.wide.u32 %o, %t, 4, %o;\n",
         );
         (0..10).for_each(|n| text += &format!("ld.global.b32 %r{n}, [%i+{}];\n", n * 128));
         text += &format!(
@@ -505,7 +505,7 @@ mod tests {
                 let field = (1 << exponent) - 1 << (bits - 1 - exponent);
                 let low =
                     ((1 << (exponent - 1)) - (draw(&mut state) % spread) as u32) << (bits - 1 - exponent);
-                if draw(&mut state) % special == 0 { x } else { x & !field | low & field }
+                if draw(&mut state).is_multiple_of(special) { x } else { x & !field | low & field }
             };
             for round in 0..400 {
                 let (spread, special) =
