@@ -122,11 +122,11 @@ pub struct Kernel {
     pub accesses: Vec<Access>,
     /// Operand lists by `Inst::ext`.
     pub lists: Vec<Vec<u32>>,
-    /// 32-bit words of a warp's register file, a multiple of 8.
+    /// 32-bit words of a warp's register file, a multiple of 32.
     pub register_words: usize,
     /// Predicate registers.
     pub predicates: usize,
-    /// Constants, each repeated for the 32 lanes; a multiple of 8.
+    /// Constants, each repeated for the 32 lanes.
     pub constants: Vec<Chunk>,
     /// Bytes of declared shared memory; dynamic shared memory begins behind it.
     pub shared_bytes: usize,
@@ -146,10 +146,10 @@ pub struct Kernel {
     pub placed: bool,
 }
 
-/// Eight words, aligned for vector loads.
+/// Sixteen words, aligned so that no vector of a register crosses a line of the cache.
 #[derive(Debug, Clone, Copy, Default)]
-#[repr(C, align(32))]
-pub struct Chunk(pub [u32; 8]);
+#[repr(C, align(64))]
+pub struct Chunk(pub [u32; 16]);
 
 /// A variable at module scope that lives in device memory.
 #[derive(Debug, Clone)]

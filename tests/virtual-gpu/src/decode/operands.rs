@@ -64,12 +64,13 @@ impl Decoder<'_> {
         if let Some(&slot) = self.known.get(&(bits, wide)) {
             return slot;
         }
-        let slot = CONSTANT | self.constants.len() as u32 * 8;
+        let slot = CONSTANT | self.constants.len() as u32 * 16;
         if wide {
             let (low, high) = (bits as u32, (bits >> 32) as u32);
-            self.constants.extend([Chunk([low, high, low, high, low, high, low, high]); 8]);
+            let chunk = std::array::from_fn(|n| if n % 2 == 0 { low } else { high });
+            self.constants.extend([Chunk(chunk); 4]);
         } else {
-            self.constants.extend([Chunk([bits as u32; 8]); 4]);
+            self.constants.extend([Chunk([bits as u32; 16]); 2]);
         }
         self.known.insert((bits, wide), slot);
         slot

@@ -21,19 +21,10 @@ pub fn lanes(mask: u32) -> impl Iterator<Item = usize> {
     })
 }
 
-/// Base plus offset for each lane; `ext2` of the access tells whether the base is 64-bit.
+/// Base plus offset for each lane; `wide` tells whether the base is 64-bit.
 ///
 /// # Safety
 /// The slot must be the running kernel's.
-#[inline(always)]
-pub unsafe fn addresses(m: &Machine, slot: u32, wide: bool, offset: i64) -> Addresses {
-    let mut out = [0; 32];
-    // SAFETY: the caller's promise.
-    unsafe { read_addresses(&mut out, m, slot, wide, offset) };
-    out
-}
-
-/// [`addresses`], in place.
 #[inline(always)]
 unsafe fn read_addresses(out: &mut Addresses, m: &Machine, slot: u32, wide: bool, offset: i64) {
     // SAFETY: slots come from the decoder, which knows their width.
@@ -111,7 +102,7 @@ impl Request {
     /// Reads the addresses of an instruction, base plus offset, and tells which space named `space` they go to.
     ///
     /// # Safety
-    /// As [`addresses`].
+    /// The slot must be the running kernel's.
     #[inline(always)]
     pub unsafe fn read(
         &mut self,
@@ -124,6 +115,22 @@ impl Request {
         let space = resolve(space, &mut self.at, self.mask);
         self.classify();
         space
+    }
+
+    /// Reads addresses of shared memory, be they generic or not.
+    ///
+    /// # Safety
+    /// The slot must be the running kernel's.
+    #[inline(always)]
+    pub unsafe fn read_shared(&mut self, m: &Machine, (slot, wide, offset): (u32, bool, i64)) {
+        // SAFETY: the caller's promise.
+        unsafe { read_addresses(&mut self.at, m, slot, wide, offset) };
+        for address in &mut self.at {
+            if *address >> 56 == SHARED_WINDOW >> 56 {
+                *address -= SHARED_WINDOW;
+            }
+        }
+        self.classify();
     }
 
     #[inline(always)]

@@ -126,7 +126,7 @@ impl Block {
             let lanes = (count - w as u32 * 32).min(32);
             let mask = if lanes == 32 { u32::MAX } else { (1 << lanes) - 1 };
             Warp {
-                registers: vec![Chunk::default(); kernel.register_words / 8],
+                registers: vec![Chunk::default(); kernel.register_words / 16],
                 predicates: vec![0; kernel.predicates + 1],
                 pc: 0,
                 join: NO_JOIN,

@@ -1,14 +1,14 @@
 //! cp.async: copies from device to shared memory that land when their group is waited for.
 
 use super::access::{locate, note_global, written};
-use super::address::{Addresses, Request, addresses, lanes};
+use super::address::{Addresses, Request, lanes};
 use super::block::Pending;
 use super::lanes::handler;
 use super::traffic::Sectors;
 use super::window::{check, count_shared, report_race, stamp};
 use super::{Fault, Machine};
 use crate::byteset::aligned;
-use crate::memory::{Allocation, SHARED_WINDOW};
+use crate::memory::Allocation;
 use crate::program::{Flow, Inst};
 use crate::ptx::ast::Space;
 use crate::sanitizer::Kind;
@@ -29,13 +29,8 @@ unsafe fn copy_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     let source_offset = (u64::from(access.slots[1]) << 32 | u64::from(access.slots[0])) as i64;
     // SAFETY: slots come from the decoder; ranges are checked before they are read.
     unsafe {
-        let mut to = addresses(m, i.a, i.dst != 0, i.imm >> 8);
-        for address in &mut to {
-            if *address >> 56 == SHARED_WINDOW >> 56 {
-                *address -= SHARED_WINDOW;
-            }
-        }
-        let from = addresses(m, i.b, true, source_offset);
+        let mut target = Request::blank(mask, len);
+        target.read_shared(m, (i.a, i.dst != 0, i.imm >> 8));
         let sizes = if i.c == crate::program::SINK { [len; 32] } else { *m.slot(i.c).cast::<[u32; 32]>() };
         // Shorter sources are checked one by one: they may end where an allocation ends.
         let mut reading = 0;
@@ -43,12 +38,12 @@ unsafe fn copy_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
             reading |= u32::from(size >= len) << lane;
         }
         reading &= mask;
-        let target = Request::new(to, mask, len);
         if let Err(flow) = check(m, i, Space::Shared, &target, "cp.async") {
             return flow;
         }
         let mut site = std::ptr::null_mut();
-        let source = Request::new(from, reading, len);
+        let mut source = Request::blank(reading, len);
+        source.read(m, (i.b, true, source_offset), Space::Global);
         let mut sectors = Sectors::default();
         if reading != 0 {
             match locate(m, i, &source, "cp.async") {
@@ -60,7 +55,7 @@ unsafe fn copy_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
         let mut pending = Pending {
             mask,
             groups: m.block.warps[m.warp].groups,
-            offsets: to.map(|address| address as u32),
+            offsets: target.at.map(|address| address as u32),
             len,
             data: [[0; 16]; 32],
         };
@@ -72,18 +67,18 @@ unsafe fn copy_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
         if plain {
             let origin = (*site).data().wrapping_sub((*site).base as usize).cast_const();
             for lane in lanes(mask) {
-                let (from, to) = (origin.wrapping_add(from[lane] as usize), &mut pending.data[lane]);
+                let (from, to) = (origin.wrapping_add(source.at[lane] as usize), &mut pending.data[lane]);
                 match len {
                     16 => *to = from.cast::<[u8; 16]>().read(),
                     _ => std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), len as usize),
                 }
             }
             m.counters.async_copy_bytes += u64::from(len * mask.count_ones());
-        } else if let Err(flow) = read_each(m, i, site, (&from, &sizes), &mut pending) {
+        } else if let Err(flow) = read_each(m, i, site, (&source.at, &sizes), &mut pending) {
             return flow;
         }
         for lane in lanes(mask) {
-            let (word, bits) = aligned(to[lane] as usize, len as usize);
+            let (word, bits) = aligned(target.at[lane] as usize, len as usize);
             m.block.in_flight.insert_word(word, bits);
         }
         m.block.in_flight_count += 1;

@@ -274,6 +274,6 @@ fn reduce_into(warp: &mut super::block::Warp, dst: u32, to_predicate: bool, valu
         return;
     }
     for lane in super::address::lanes(warp.mask) {
-        warp.registers[dst as usize / 8 + lane / 8].0[lane % 8] = value;
+        warp.registers[dst as usize / 16 + lane / 16].0[lane % 16] = value;
     }
 }

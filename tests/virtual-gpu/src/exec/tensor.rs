@@ -11,7 +11,6 @@ use super::lanes::{choose, handler};
 use super::traffic::waves_of;
 use super::window::{check, note_read, write_shared};
 use super::{Accumulate, Machine};
-use crate::memory::SHARED_WINDOW;
 use crate::num::{F32, Half, Round, canon, narrow};
 use crate::program::{Flow, Handler, Inst, Kernel};
 use crate::ptx::ast::Space;
@@ -337,26 +336,28 @@ fn require_all(m: &mut Machine, i: &Inst, mask: u32) {
 
 /// Row addresses of `count` matrices, from the lanes that give them; checked and counted.
 #[inline(always)]
-unsafe fn rows(m: &mut Machine, i: &Inst, mask: u32, count: usize, verb: &str) -> Result<Request, Flow> {
-    // SAFETY: the slot comes from the decoder, which knows its width.
-    let mut at = unsafe { super::address::addresses(m, i.a, i.c & 1 != 0, i.imm) };
-    for address in &mut at {
-        if *address >> 56 == SHARED_WINDOW >> 56 {
-            *address -= SHARED_WINDOW;
-        }
-    }
+unsafe fn rows(
+    m: &mut Machine,
+    i: &Inst,
+    mask: u32,
+    count: usize,
+    verb: &str,
+    request: &mut Request,
+) -> Result<(), Flow> {
     require_all(m, i, mask);
     let used = if count == 4 { u32::MAX } else { (1u32 << (8 * count)) - 1 };
-    let request = Request::new(at, mask & used, 16);
-    check(m, i, Space::Shared, &request, verb)?;
+    request.mask = mask & used;
+    // SAFETY: the slot comes from the decoder, which knows its width.
+    unsafe { request.read_shared(m, (i.a, i.c & 1 != 0, i.imm)) };
+    check(m, i, Space::Shared, request, verb)?;
     if m.settings.options.traffic {
         // Each matrix is a part of its own.
-        let (waves, ideal) = waves_of(&at, used, 16, false);
+        let (waves, ideal) = waves_of(&request.at, used, 16, false);
         m.counters.shared_requests += 1;
         m.counters.shared_waves += waves;
         m.counters.shared_ideal_waves += ideal;
     }
-    Ok(request)
+    Ok(())
 }
 
 handler! {
@@ -370,10 +371,10 @@ unsafe fn load_matrix_body(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     // SAFETY: the machine keeps the kernel alive; slots come from the decoder.
     unsafe {
         let list = &(&(*kernel).lists)[i.ext as usize];
-        let request = match rows(m, i, mask, list.len(), "ldmatrix") {
-            Ok(request) => request,
-            Err(flow) => return flow,
-        };
+        let mut request = Request::blank(mask, 16);
+        if let Err(flow) = rows(m, i, mask, list.len(), "ldmatrix", &mut request) {
+            return flow;
+        }
         if request.mask != 0 {
             note_read(m, i, &request);
         }
@@ -410,10 +411,11 @@ pub unsafe fn store_matrix(m: &mut Machine, i: &Inst, mask: u32) -> Flow {
     let list = &kernel.lists[i.ext as usize];
     // SAFETY: slots come from the decoder.
     unsafe {
-        let at = match rows(m, i, mask, list.len(), "stmatrix") {
-            Ok(request) => request.at,
-            Err(flow) => return flow,
-        };
+        let mut request = Request::blank(mask, 16);
+        if let Err(flow) = rows(m, i, mask, list.len(), "stmatrix", &mut request) {
+            return flow;
+        }
+        let at = &request.at;
         for (matrix, &src) in list.iter().enumerate() {
             let words = *m.slot(src).cast::<[u32; 32]>();
             let mut tile = [[0u16; 8]; 8];

@@ -48,7 +48,7 @@ unsafe fn run<const E: u8, const SIDE: usize>(m: &mut Machine, i: &Inst, mask: u
         let a = each!(rows::<E, SIDE>, a0 a1 a2 a3);
         let b = each!(turned::<E>, b0 b1);
         let mut sums = load(each!(std::convert::identity, c0 c1 c2 c3));
-        add_products::<SIDE>(&a, &b, &mut sums);
+        add_products::<E, SIDE>(&a, &b, &mut sums);
         for (r, slot) in [d0, d1, d2, d3].into_iter().enumerate() {
             let words = m.slot(slot).cast::<__m128>();
             for (g, row) in sums[r / 2 * 8..][..8].iter().enumerate() {
@@ -166,10 +166,15 @@ fn turned_halves(rows: [&[u32; 4]; 8]) -> [__m128i; 8] {
     out
 }
 
-/// Adds the products, k by k. Factors have so few bits that each is exact in f64.
+/// Adds the products, k by k. Factors have so few bits that each is exact in f64. With a caller for each `E` it is
+/// compiled into it, and the sums stay in registers.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn add_products<const SIDE: usize>(a: &[[f64; 64]; 4], b: &[[[__m256d; 2]; 8]; 2], sums: &mut Sums) {
+fn add_products<const E: u8, const SIDE: usize>(
+    a: &[[f64; 64]; 4],
+    b: &[[[__m256d; 2]; 8]; 2],
+    sums: &mut Sums,
+) {
     // Four rows at once: enough sums that do not wait for one another, in half of the registers.
     for (n, rows) in sums.chunks_exact_mut(4).enumerate() {
         let mut all = [rows[0], rows[1], rows[2], rows[3]];

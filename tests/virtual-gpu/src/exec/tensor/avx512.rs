@@ -49,7 +49,7 @@ unsafe fn run<const E: u8, const SIDE: usize>(m: &mut Machine, i: &Inst, mask: u
         let a = each!(rows::<E, SIDE>, a0 a1 a2 a3);
         let b = each!(columns::<E, SIDE>, b0 b1);
         let mut sums = load(each!(std::convert::identity, c0 c1 c2 c3));
-        add_products::<SIDE>(&a, &b, &mut sums);
+        add_products::<E, SIDE>(&a, &b, &mut sums);
         let d = match m.settings.accumulate {
             Accumulate::Truncating => store(&sums, |x| _mm512_cvt_roundpd_ps::<TO_ZERO>(x)),
             _ => store(&sums, |x| _mm512_cvtpd_ps(x)),
@@ -160,10 +160,11 @@ fn widen(floats: __m512) -> [__m512d; 2] {
     [_mm512_cvtps_pd(_mm512_castps512_ps256(floats)), _mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(floats))]
 }
 
-/// Adds the products, k by k. Factors have so few bits that each is exact in f64.
+/// Adds the products, k by k. Factors have so few bits that each is exact in f64. With a caller for each `E` it is
+/// compiled into it, and the sums stay in registers.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq")]
-fn add_products<const SIDE: usize>(a: &[[__m512; 4]; 4], b: &[[f64; 64]; 2], sums: &mut Sums) {
+fn add_products<const E: u8, const SIDE: usize>(a: &[[__m512; 4]; 4], b: &[[f64; 64]; 2], sums: &mut Sums) {
     let mut all = *sums;
     for (rows, b) in a.chunks_exact(2).zip(b) {
         for pair in 0..SIDE / 2 {
