@@ -1,5 +1,5 @@
 //! Handlers that do the same to every lane. Each is compiled twice, for the baseline and for AVX2 with FMA, and
-//! chosen once at load.
+//! chosen once at load; those of memory also for AVX-512.
 
 use super::Machine;
 use super::address::lanes;
@@ -53,7 +53,7 @@ pub fn has_avx2() -> bool {
     }
 }
 
-/// Whether the versions of tensor cores for AVX-512 can run here.
+/// Whether the AVX-512 versions can run here: they may use what AVX2 came with, too.
 #[cfg(target_arch = "x86_64")]
 pub fn has_avx512() -> bool {
     use std::arch::is_x86_feature_detected as has;
