@@ -128,6 +128,18 @@ pub enum Device {
     },
 }
 
+impl Device {
+    /// The GPU of the large model, which also fuses, and that of the small one and its experts; `None` for the CPU.
+    pub(crate) fn gpus(self) -> Option<(usize, usize)> {
+        match self {
+            Self::Cpu => None,
+            Self::Auto => (gpus() > 0).then_some((0, 0)),
+            Self::Cuda(ordinal) => Some((ordinal, ordinal)),
+            Self::Split { large, small } => Some((large, small)),
+        }
+    }
+}
+
 impl FromStr for Device {
     type Err = Error;
 
@@ -183,12 +195,9 @@ impl BackendOptions {
         ensemble: Arc<Ensemble>,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Box<dyn Backend>> {
-        match self.device {
-            Device::Auto if gpus() == 0 => self.open_cpu(ensemble),
-            Device::Cpu => self.open_cpu(ensemble),
-            Device::Auto => self.open_cuda(ensemble, (0, 0), progress),
-            Device::Cuda(ordinal) => self.open_cuda(ensemble, (ordinal, ordinal), progress),
-            Device::Split { large, small } => self.open_cuda(ensemble, (large, small), progress),
+        match self.device.gpus() {
+            None => self.open_cpu(ensemble),
+            Some(gpus) => self.open_cuda(ensemble, gpus, progress),
         }
     }
 
@@ -201,11 +210,16 @@ impl BackendOptions {
     fn open_cuda(
         self,
         ensemble: Arc<Ensemble>,
-        (ordinal, small_ordinal): (usize, usize),
+        gpus: (usize, usize),
         progress: &mut dyn FnMut(usize),
     ) -> Result<Box<dyn Backend>> {
-        let options = cuda::CudaOptions { ordinal, small_ordinal, limits: self.limits, graphs: !self.eager };
-        Ok(Box::new(cuda::CudaBackend::new(ensemble, options, progress)?))
+        Ok(Box::new(cuda::CudaBackend::new(ensemble, self.cuda(gpus), progress)?))
+    }
+
+    /// On these GPUs.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cuda(self, (ordinal, small_ordinal): (usize, usize)) -> cuda::CudaOptions {
+        cuda::CudaOptions { ordinal, small_ordinal, limits: self.limits, graphs: !self.eager }
     }
 
     #[cfg(not(feature = "cuda"))]

@@ -4,7 +4,7 @@
 //! ```text
 //! device    one GPU, and the one way to call the driver
 //! bandwidth what the memory of a GPU gives
-//! measure   the launch of fusion by itself, over caches that hold nothing of it: for benchmarks
+//! measure   the launch of fusion by itself, the time of steps, caches that hold nothing of either: for benchmarks
 //! memory    device memory, and the ways to and from it
 //! images    the kernels, embedded
 //! kernels   what each kernel takes
@@ -289,9 +289,8 @@ impl CudaBackend {
             if let Some(shape) = machine.fuser.upload(gpu, stream, encoded.iter(), room)? {
                 machine.fuser.launch(gpu, stream, shape, places[0].table, 0)?;
                 machine.fuser.fetch(gpu, stream, shape, 0)?;
-                let done = gpu.record(stream)?;
-                ahead.begin(&mut machine, (encoded, shape), room)?;
-                self.gpu.wait_for(&done)?;
+                let done = gpu.stamp(stream)?;
+                ahead.begin(&mut machine, (encoded, shape), room, done)?;
                 return Ok(self.decode(rows));
             }
         }

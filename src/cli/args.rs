@@ -258,12 +258,7 @@ impl DeviceArgs {
 
     /// The GPU of the large model, if any.
     pub(crate) fn gpu(&self) -> Option<usize> {
-        match self.device() {
-            Device::Cpu => None,
-            Device::Auto => (crate::backend::gpus() > 0).then_some(0),
-            Device::Cuda(ordinal) => Some(ordinal),
-            Device::Split { large, .. } => Some(large),
-        }
+        self.device().gpus().map(|(large, _)| large)
     }
 
     /// Threads of the CPU backend, where they are given.

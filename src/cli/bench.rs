@@ -1,6 +1,7 @@
 //! `dlf-engine bench`: what fusion, decoding and reading a prompt cost, on this machine.
 
 mod bandwidth;
+mod engine;
 mod fusion;
 mod models;
 #[path = "../../benches/support/plain.rs"]
@@ -59,8 +60,8 @@ struct Common {
 }
 
 impl Common {
-    /// What `work` tells of each of `repetitions`, in seconds, after the runs that warm up.
-    fn seconds(&self, repetitions: u16, mut work: impl FnMut() -> Result<f64>) -> Result<Vec<f64>> {
+    /// What `work` tells of each of `repetitions`, after the runs that warm up.
+    fn repeat<T>(&self, repetitions: u16, mut work: impl FnMut() -> Result<T>) -> Result<Vec<T>> {
         for _ in 0..self.warm_up {
             work()?;
         }

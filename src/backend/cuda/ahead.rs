@@ -64,6 +64,8 @@ struct Chain {
     /// The rows of fusion at the last step that was asked for, or as they were foreseen for it.
     fused: Vec<Encoded>,
     shape: FuseShape,
+    /// The end of the last step that was asked for.
+    done: CudaEvent,
     /// Launched, and not asked for yet.
     flying: Option<Flying>,
     /// Steps that the tables have blocks for, beyond what was launched.
@@ -144,37 +146,45 @@ impl Ahead {
         batch: &Batch<'_>,
     ) -> Result<Option<(usize, ForwardTime)>> {
         let flying = self.chain.as_mut().and_then(|chain| chain.flying.take());
-        let Some(flying) = flying else { return self.forget(machine) };
+        let Some(flying) = flying else { return self.forget(machine).map(|()| None) };
         // SAFETY: the step before the one in flight was waited for when it was taken, or when the chain began.
         let last = unsafe { machine.fuser.results(1 - flying.half) };
         let chose = |row: &Row| row.slot.and_then(|slot| last.get(slot)).map(|result| result.token);
         if !self.follows(batch) || batch.rows.iter().any(|row| chose(row) != Some(row.token)) {
-            return self.forget(machine);
+            return self.forget(machine).map(|()| None);
         }
         for row in &mut self.rows {
             row.position += 1;
         }
+        let Flying { half, done } = flying;
         if let Some(chain) = &mut self.chain {
             chain.fused.iter_mut().zip(last).for_each(|(row, found)| row.advance(found));
+            chain.done = done;
         }
-        self.launch(machine, 1 - flying.half)?;
-        machine.gpu.wait_for(&flying.done)?;
+        self.launch(machine, 1 - half)?;
+        self.wait(machine)?;
         // SAFETY: it was just waited for, and the step behind it writes the other half.
-        let results = unsafe { machine.fuser.results(flying.half) };
-        Ok(Some((
-            flying.half,
-            results.first().map(|result| forward_time(machine, result)).unwrap_or_default(),
-        )))
+        let results = unsafe { machine.fuser.results(half) };
+        Ok(Some((half, results.first().map(|result| forward_time(machine, result)).unwrap_or_default())))
+    }
+
+    /// The end of the last step that was asked for, where another may be in flight behind it.
+    pub(crate) fn end(&self) -> Option<&CudaEvent> {
+        self.chain.as_ref().map(|chain| &chain.done)
+    }
+
+    fn wait(&self, machine: &Machine<'_>) -> Result<()> {
+        self.end().map_or(Ok(()), |end| machine.gpu.wait_for(end))
     }
 
     /// Waits for what is in flight, and leaves it.
-    fn forget<T>(&mut self, machine: &Machine<'_>) -> Result<Option<T>> {
+    pub(crate) fn forget(&mut self, machine: &Machine<'_>) -> Result<()> {
         if self.chain.take().is_some() {
             // A step in flight has moved the lists on: they are those of the last one no more.
             self.steady = false;
             machine.gpu.synchronize(machine.stream)?;
         }
-        Ok(None)
+        Ok(())
     }
 
     /// Where the step that was taken decided exactly these rows: they are now the last ones. Else nothing in flight
@@ -188,7 +198,7 @@ impl Ahead {
                 return Ok(true);
             }
         }
-        self.forget::<()>(machine)?;
+        self.forget(machine)?;
         Ok(false)
     }
 
@@ -220,15 +230,17 @@ impl Ahead {
     }
 
     /// Launches the step after one that was computed on demand, whose rows of fusion were just launched in half 0, with
-    /// room for `room` steps.
+    /// room for `room` steps; and waits for that one, which ends with `done`.
     pub(crate) fn begin(
         &mut self,
         machine: &mut Machine<'_>,
         (fused, shape): (Vec<Encoded>, FuseShape),
         room: usize,
+        done: CudaEvent,
     ) -> Result<()> {
-        self.chain = Some(Chain { fused, shape, flying: None, room });
-        self.launch(machine, 1)
+        self.chain = Some(Chain { fused, shape, done, flying: None, room });
+        self.launch(machine, 1)?;
+        self.wait(machine)
     }
 
     /// Launches the step after the last one that was asked for.
@@ -254,7 +266,7 @@ impl Ahead {
         if let Some(graph) = self.graphs.get(&shape) {
             machine.gpu.launch_graph(graph)?;
         }
-        let done = machine.gpu.record(machine.stream)?;
+        let done = machine.gpu.stamp(machine.stream)?;
         if let Some(chain) = &mut self.chain {
             chain.flying = Some(Flying { half, done });
         }

@@ -1,10 +1,12 @@
-//! What benchmarks need: caches that hold nothing of what is measured, and the launch of fusion by itself.
+//! What benchmarks need: caches that hold nothing of what is measured, the time of steps, and the launch of fusion by
+//! itself.
 
 use std::sync::Arc;
 
-use cudarc::driver::CudaStream;
 use cudarc::driver::sys::CUdevice_attribute;
+use cudarc::driver::{CudaEvent, CudaStream};
 
+use super::CudaBackend;
 use super::caller::CudaFusion;
 use super::device::Gpu;
 use super::fusion::FuseShape;
@@ -33,6 +35,42 @@ impl ColdCaches {
     /// Puts the copy into `stream`.
     pub(crate) fn sweep(&mut self, gpu: &Gpu, stream: &Arc<CudaStream>) -> Result<()> {
         gpu.copy(stream, &self.from, &mut self.to)
+    }
+}
+
+impl CudaBackend {
+    /// Waits for a step that was launched ahead, and forgets it: the GPUs then do nothing.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`](crate::Error::Cuda).
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        let (ahead, machine) = self.parts();
+        ahead.forget(&machine)
+    }
+
+    /// An event on the GPU that fuses, after which all comes that this backend is asked for.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`](crate::Error::Cuda).
+    pub(crate) fn start(&self) -> Result<CudaEvent> {
+        let start = self.gpu.stamp(&self.stream)?;
+        // The streams of the groups, one of which may be another GPU's, don't wait for this one.
+        self.gpu.wait_for(&start)?;
+        Ok(start)
+    }
+
+    /// Seconds by that GPU's clock from `start` to the end of what was asked for last, which is waited for; a step ahead
+    /// of that doesn't count. `None` where the GPU has no time.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`](crate::Error::Cuda).
+    pub(crate) fn seconds_since(&self, start: &CudaEvent) -> Result<Option<f64>> {
+        if let Some(end) = self.ahead.end() {
+            return self.gpu.seconds(start, end);
+        }
+        // What was computed on demand, on either GPU, the host has waited for, or it is in this stream.
+        let end = self.gpu.stamp(&self.stream)?;
+        self.gpu.seconds(start, &end)
     }
 }
 

@@ -1,11 +1,12 @@
 //! Whole models: tokens after one another, and prompts.
 
+use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use super::engine::Engine;
 use super::report::{Record, Samples, mean_and_deviation};
 use super::shapes::{Pair, pair};
 use super::{Common, Target};
@@ -108,26 +109,24 @@ impl ModelBenchArgs {
 
 impl Common {
     /// Times `work` after runs that warm up, each time over flushed caches on a GPU; launches are those of the last
-    /// run. Without a clock nothing is timed, and one run after those that warm up is counted.
+    /// run. Without a clock one run after those that warm up is counted.
     fn samples(
         &self,
         target: &mut Target,
-        backend: &mut dyn Backend,
+        engine: &mut Engine,
         mut work: impl FnMut(&mut dyn Backend) -> Result<()>,
     ) -> Result<Samples> {
         let mut launches = 0;
-        let has_clock = target.bandwidth.has_clock();
-        let once = || {
+        let repetitions = if target.bandwidth.has_clock() { self.repetitions } else { 1 };
+        let seconds = self.repeat(repetitions, || {
+            engine.settle()?;
             target.flush()?;
-            let (before, start) = (backend.launches(), Instant::now());
-            work(backend)?;
-            let seconds = start.elapsed().as_secs_f64();
-            launches = backend.launches() - before;
-            anyhow::Ok(seconds)
-        };
-        let repetitions = if has_clock { self.repetitions } else { 1 };
-        let seconds = self.seconds(repetitions, once)?;
-        Ok(Samples { seconds: if has_clock { seconds } else { Vec::new() }, launches })
+            let before = engine.backend().launches();
+            let seconds = engine.time(&mut work)?;
+            launches = engine.backend().launches() - before;
+            Ok(seconds)
+        })?;
+        Ok(Samples { seconds: seconds.into_iter().flatten().collect(), launches })
     }
 }
 
@@ -203,37 +202,43 @@ fn decode_samples(
     let blocks = blocks_needed(1, depth + generate);
     check_context(ensemble, depth + generate)?;
     let limits = Limits { rows: batch, slots: batch, blocks: batch * blocks };
-    let mut backend = target.device.backend(limits).open(Arc::clone(ensemble))?;
+    let mut engine = Engine::open(target.device.backend(limits), ensemble)?;
     let tables = tables(batch, blocks);
+    args.models
+        .common
+        .samples(target, &mut engine, |backend| steps(backend, ensemble, &tables, depth..depth + generate))
+}
+
+/// Decodes a token at each of `positions` for the sequence of every table.
+fn steps(
+    backend: &mut dyn Backend,
+    ensemble: &Ensemble,
+    tables: &[BlockTable],
+    positions: Range<usize>,
+) -> Result<()> {
     let rule = if ensemble.num_experts() > 0 { FusionRule::default() } else { FusionRule::Large };
     let params = SamplingParams::default();
-    args.models.common.samples(target, &mut *backend, |backend| {
-        let mut tokens: Vec<u32> = (0..batch as u32).collect();
-        let mut decisions = Vec::new();
-        for step in 0..generate {
-            let row = |model, table: usize| Row {
-                model,
-                table,
-                position: depth + step,
-                token: tokens[table],
-                slot: Some(table),
-            };
-            let models = 0..ensemble.models().len();
-            let rows: Vec<Row> = models
-                .flat_map(|model| (0..batch).map(move |table| (model, table)))
-                .map(|(m, t)| row(m, t))
-                .collect();
-            backend.forward(&Batch { rows: &rows, tables: &tables })?;
-            let choice = Choice::Sample { params: &params, history: &[], generated: 0, banned: &[] };
-            let fuse = |slot| FuseRow { slot, step, rule: &rule, held: None, choice };
-            let fused: Vec<FuseRow<'_>> = (0..batch).map(fuse).collect();
-            backend.fuse(&fused, &mut decisions)?;
-            for (token, decision) in tokens.iter_mut().zip(decisions.drain(..)) {
-                *token = decision.context("a step of the benchmark")?.token;
-            }
+    let batch = tables.len();
+    let mut tokens: Vec<u32> = (0..batch as u32).collect();
+    let mut decisions = Vec::new();
+    for (step, position) in positions.enumerate() {
+        let row =
+            |model, table: usize| Row { model, table, position, token: tokens[table], slot: Some(table) };
+        let models = 0..ensemble.models().len();
+        let rows: Vec<Row> = models
+            .flat_map(|model| (0..batch).map(move |table| (model, table)))
+            .map(|(m, t)| row(m, t))
+            .collect();
+        backend.forward(&Batch { rows: &rows, tables })?;
+        let choice = Choice::Sample { params: &params, history: &[], generated: 0, banned: &[] };
+        let fuse = |slot| FuseRow { slot, step, rule: &rule, held: None, choice };
+        let fused: Vec<FuseRow<'_>> = (0..batch).map(fuse).collect();
+        backend.fuse(&fused, &mut decisions)?;
+        for (token, decision) in tokens.iter_mut().zip(decisions.drain(..)) {
+            *token = decision.context("a step of the benchmark")?.token;
         }
-        Ok(())
-    })
+    }
+    Ok(())
 }
 
 /// Measures `ppN @ dD`.
@@ -274,7 +279,7 @@ fn prefill_samples(
     check_context(ensemble, depth + prompt)?;
     let blocks = (depth + prompt).div_ceil(BLOCK_SIZE);
     let limits = Limits { rows: CHUNK, slots: 1, blocks };
-    let mut backend = target.device.backend(limits).open(Arc::clone(ensemble))?;
+    let mut engine = Engine::open(target.device.backend(limits), ensemble)?;
     let tables = tables(1, blocks);
     let vocab_size = ensemble.vocab_size();
     let row = |model, position: usize| Row {
@@ -284,7 +289,7 @@ fn prefill_samples(
         token: (position * 7919 % vocab_size) as u32,
         slot: (position + 1 == depth + prompt).then_some(0),
     };
-    args.models.common.samples(target, &mut *backend, |backend| {
+    args.models.common.samples(target, &mut engine, |backend| {
         for first in (depth..depth + prompt).step_by(CHUNK) {
             let last = (first + CHUNK).min(depth + prompt);
             let models = 0..ensemble.models().len();
@@ -305,3 +310,7 @@ fn check_context(ensemble: &Ensemble, tokens: usize) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[cfg(feature = "cuda")]
+mod tests;

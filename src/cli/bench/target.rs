@@ -78,7 +78,7 @@ impl Target {
         Ok(Self {
             name: name(&device),
             #[cfg(feature = "cuda")]
-            caches: GpuCaches::of(device.device(), device.gpu())?,
+            caches: GpuCaches::of(device.device())?,
             bandwidth,
             device,
         })
@@ -97,18 +97,16 @@ impl Target {
 
 #[cfg(feature = "cuda")]
 impl GpuCaches {
-    fn of(device: Device, gpu: Option<usize>) -> Result<Vec<Self>> {
-        let small = match device {
-            Device::Split { large, small } if small != large => Some(small),
-            _ => None,
-        };
+    fn of(device: Device) -> Result<Vec<Self>> {
+        let gpus = device.gpus();
+        let (large, small) = (gpus.map(|(large, _)| large), gpus.map(|(_, small)| small));
         let open = |ordinal| {
             let gpu = Gpu::open(ordinal)?;
             let stream = gpu.stream()?;
             let caches = ColdCaches::new(&gpu, &stream)?;
             Ok(Self { gpu, stream, caches })
         };
-        gpu.into_iter().chain(small).map(open).collect()
+        large.into_iter().chain(small.filter(|_| small != large)).map(open).collect()
     }
 }
 

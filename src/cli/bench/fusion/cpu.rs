@@ -42,7 +42,7 @@ fn fused(args: &FusionBenchArgs, case: Case, rule: &FusionRule, threads: usize) 
     };
     let mut fusion = CpuFusion::new(threads)?;
     let (rows, mut decisions) = (rows(case, rule), Vec::new());
-    args.common.seconds(args.common.repetitions, || {
+    args.common.repeat(args.common.repetitions, || {
         // Single passes are shorter than the clock is good for.
         const PASSES: u32 = 20;
         let start = Instant::now();
@@ -64,7 +64,7 @@ fn plainly(args: &FusionBenchArgs, case: Case, rule: &FusionRule, threads: usize
             std::hint::black_box(plain::search(row, candidates));
         }
     };
-    args.common.seconds(args.common.repetitions, || {
+    args.common.repeat(args.common.repetitions, || {
         let start = Instant::now();
         if threads == 1 {
             search(&rows, candidates);
