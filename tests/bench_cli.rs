@@ -115,7 +115,7 @@ fn tests_have_the_names_of_llama_bench() {
         assert_eq!(names(row), MODELS);
         assert_eq!(
             (&row["model"], &row["±"], &row["launches/token"]),
-            (&"demo".into(), &Value::Null, &Value::Null)
+            (&"demo bf16".into(), &Value::Null, &Value::Null)
         );
         assert!((number("tokens/s") * number("ms/token") / 1e3 - 1.0).abs() < 1e-9);
         assert!(number("GB/s") > 0.0 && number("% of memory") > 0.0);
@@ -138,6 +138,28 @@ fn random_weights_of_a_named_shape_are_measured() {
     let models: Vec<&str> = rows.iter().map(|row| row["model"].as_str().unwrap()).collect();
     assert_eq!(models, ["smollm2-135m bf16", "smollm2-135m f16"]);
     assert!(rows.iter().all(|row| (row["MiB"].as_f64().unwrap() - 256.6).abs() < 0.1));
+}
+
+#[test]
+fn ensembles_of_directories_are_named_by_all_their_models() {
+    let demo = |name: &str| format!("{}/models/demo/{name}", env!("CARGO_MANIFEST_DIR"));
+    let (large, small) = (demo("large"), demo("small/"));
+    let experts = [demo("expert-facts"), format!("adder={}", demo("expert-sums"))];
+    let alone = ["--large", &large];
+    let pair = [&alone[..], &["--small", &small]].concat();
+    let with_one = [&pair[..], &["--expert", &experts[0]]].concat();
+    let with_two = [&with_one[..], &["--expert", &experts[1]]].concat();
+    for (models, expected) in [
+        (&alone[..], "large bf16"),
+        (&pair, "large+small bf16"),
+        (&with_one, "large+small+1 expert bf16"),
+        (&with_two, "large+small+2 experts bf16"),
+        (&with_two[2..], "small+2 experts bf16"),
+    ] {
+        let prefill = ["prefill", "-p", "1", "-r", "1", "--warm-up", "0", "--device", "cpu"];
+        let rows = rows(&[&prefill[..], models].concat());
+        assert_eq!(rows[0]["model"], expected);
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Whole models: tokens after one another, and prompts.
 
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
@@ -84,12 +85,14 @@ impl ModelBenchArgs {
     /// Calls `bench` with each ensemble that is asked for, one after another.
     fn each(&self, context: usize, mut bench: impl FnMut(&Subject) -> Result<()>) -> Result<()> {
         if self.shape.is_empty() {
-            let name = match &self.models.large {
-                _ if self.models.is_demo() => "demo".to_owned(),
-                Some(large) => large.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-                None => "ensemble".to_owned(),
-            };
             let ensemble = Arc::new(self.models.load(&Method::Dynamic)?);
+            let name = if self.models.is_demo() {
+                named(vec!["demo".to_owned()], 0, &ensemble)
+            } else {
+                let directories = [&self.models.large, &self.models.small].into_iter().flatten();
+                let names = directories.map(|path| directory_name(path)).collect();
+                named(names, ensemble.num_experts(), &ensemble)
+            };
             return bench(&Subject { name, ensemble });
         }
         for &pair in &self.shape {
@@ -98,13 +101,33 @@ impl ModelBenchArgs {
                 for &experts in experts {
                     let models = pair.models(dtype, experts.into(), context)?;
                     let ensemble = Arc::new(Ensemble::from_models(models)?);
-                    let more = if experts > 1 { format!(" ×{experts}") } else { String::new() };
-                    bench(&Subject { name: format!("{}{more} {dtype}", pair.name()), ensemble })?;
+                    bench(&Subject { name: named(vec![pair.name()], experts.into(), &ensemble), ensemble })?;
                 }
             }
         }
         Ok(())
     }
+}
+
+/// The last part of a path, or all of one that ends in dots.
+fn directory_name(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
+/// `models` with the number of experts, and the dtypes of an ensemble's weights: `large+small+2 experts f16`.
+fn named(mut models: Vec<String>, experts: usize, ensemble: &Ensemble) -> String {
+    let mut dtypes: Vec<&str> = Vec::new();
+    for dtype in ensemble.models().iter().map(|model| model.dtype().name()) {
+        if !dtypes.contains(&dtype) {
+            dtypes.push(dtype);
+        }
+    }
+    match experts {
+        0 => {}
+        1 => models.push("1 expert".to_owned()),
+        more => models.push(format!("{more} experts")),
+    }
+    format!("{} {}", models.join("+"), dtypes.join("+"))
 }
 
 impl Common {
