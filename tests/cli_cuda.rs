@@ -11,12 +11,16 @@ use virtual_gpu::host::Driver;
 
 /// Runs the binary with the virtual driver as the system's.
 fn run(arguments: &[&str]) -> Output {
+    run_on("h100", arguments)
+}
+
+fn run_on(card: &str, arguments: &[&str]) -> Output {
     let dir = TempDir::new().unwrap();
     std::os::unix::fs::symlink(Driver::path().unwrap(), dir.path().join("libcuda.so")).unwrap();
     Command::new(Path::new(env!("CARGO_BIN_EXE_dlf-engine")))
         .args(arguments)
         .env("LD_LIBRARY_PATH", dir.path())
-        .env("VCUDA_PROFILE", "h100")
+        .env("VCUDA_PROFILE", card)
         .output()
         .unwrap()
 }
@@ -83,4 +87,15 @@ fn a_gpu_that_is_not_there_is_named() {
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success(), "{message}");
     assert!(message.contains("--kv-memory 1"), "{message}");
+}
+
+/// A typing error in a test's environment would else be another card, unnoticed.
+#[test]
+fn a_card_that_is_not_there_is_named() {
+    let output = run_on("h10", &["generate", "--prompt", "x", "--device", "cuda"]);
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    let expected = "CUDA_ERROR_NO_DEVICE (no CUDA-capable device is detected \
+                    [VCUDA_PROFILE: no card `h10`; there are a100, rtx4090, h100])";
+    assert!(message.contains(expected), "{message}");
 }

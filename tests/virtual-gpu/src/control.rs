@@ -52,8 +52,9 @@ pub unsafe extern "C" fn vcuda_add_device(profile: *const c_char, memory: u64) -
     quietly(|| {
         // SAFETY: the caller passes a C string.
         let name = unsafe { CStr::from_ptr(profile) }.to_string_lossy();
-        let Some(profile) = Profile::named(&name) else { return -1 };
-        add_device(profile, if memory == 0 { profile.memory } else { memory }) as i64
+        let Ok(profile) = Profile::named(&name) else { return -1 };
+        let memory = if memory == 0 { profile.memory } else { memory };
+        add_device(profile, memory).map_or(-1, |ordinal| ordinal as i64)
     })
 }
 

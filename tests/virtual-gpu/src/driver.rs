@@ -14,7 +14,7 @@ pub mod module;
 pub mod stream;
 
 use crate::device::{Code, Device, code};
-use crate::profile::{PROFILES, Profile};
+use crate::profile::{Profile, VARIABLE};
 use std::cell::Cell;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -64,19 +64,21 @@ thread_local! {
     static CURRENT: Cell<u64> = const { Cell::new(0) };
 }
 
-/// The devices; the first is made at the first look, as `VCUDA_PROFILE` names it.
-fn with_devices<T>(f: impl FnOnce(&mut Vec<Arc<Mutex<Device>>>) -> T) -> T {
+/// The devices; the first is made at the first look, as [`VARIABLE`] names it. There are none where that is wrong.
+fn with_devices<T>(f: impl FnOnce(&mut Vec<Arc<Mutex<Device>>>) -> T) -> Result<T, Code> {
     let mut devices = DEVICES.write().unwrap_or_else(PoisonError::into_inner);
     if devices.is_empty() {
-        let wanted = std::env::var("VCUDA_PROFILE").ok();
-        let profile = wanted.as_deref().and_then(Profile::named).unwrap_or(PROFILES[0]);
+        let profile = Profile::chosen(std::env::var_os(VARIABLE).as_deref()).map_err(|reason| {
+            errors::remember(&reason);
+            code::NO_DEVICE
+        })?;
         devices.push(Arc::new(Mutex::new(Device::new(profile, profile.memory, 0))));
     }
-    f(&mut devices)
+    Ok(f(&mut devices))
 }
 
 /// Adds a device; its ordinal.
-pub fn add_device(profile: Profile, memory: u64) -> u64 {
+pub fn add_device(profile: Profile, memory: u64) -> Result<u64, Code> {
     with_devices(|devices| {
         let ordinal = devices.len() as u64;
         devices.push(Arc::new(Mutex::new(Device::new(profile, memory, ordinal))));
@@ -85,13 +87,13 @@ pub fn add_device(profile: Profile, memory: u64) -> u64 {
 }
 
 /// How many devices there are.
-pub fn device_count() -> u64 {
+pub fn device_count() -> Result<u64, Code> {
     with_devices(|devices| devices.len() as u64)
 }
 
 /// Works on a device under its lock.
 pub fn on_device<T>(ordinal: u64, f: impl FnOnce(&mut Device) -> Result<T, Code>) -> Result<T, Code> {
-    let device = with_devices(|devices| devices.get(ordinal as usize).cloned());
+    let device = with_devices(|devices| devices.get(ordinal as usize).cloned())?;
     let device = device.ok_or(code::INVALID_DEVICE)?;
     let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
     f(&mut device)

@@ -13,6 +13,7 @@ use crate::counters::Counters;
 pub use crate::device::{Launch, Totals};
 pub use crate::driver::Call;
 use crate::exec::Accumulate;
+use crate::profile::{Profile, VARIABLE};
 pub use crate::sanitizer::{Kind, Options, Report};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use std::ffi::{CString, c_char};
@@ -26,7 +27,7 @@ pub enum Error {
     NotFound(Vec<PathBuf>),
     /// The dynamic linker refused it, or a function is missing.
     Link(String),
-    /// No such profile.
+    /// No such profile, asked for here or in the environment; those that there are.
     UnknownProfile(String),
 }
 
@@ -35,7 +36,7 @@ impl std::fmt::Display for Error {
         match self {
             Error::NotFound(places) => write!(f, "libvirtual_gpu.so is in none of {places:?}"),
             Error::Link(text) => write!(f, "cannot link libvirtual_gpu.so: {text}"),
-            Error::UnknownProfile(name) => write!(f, "no device profile `{name}`"),
+            Error::UnknownProfile(reason) => f.write_str(reason),
         }
     }
 }
@@ -108,11 +109,14 @@ impl Driver {
     /// # Errors
     /// When there is no such profile.
     pub fn device_with_memory(self, profile: &str, bytes: u64) -> Result<Gpu, Error> {
-        let unknown = || Error::UnknownProfile(profile.to_string());
-        let name = CString::new(profile).map_err(|_| unknown())?;
+        let profile = Profile::named(profile).map_err(Error::UnknownProfile)?;
+        Profile::chosen(std::env::var_os(VARIABLE).as_deref()).map_err(Error::UnknownProfile)?;
+        let name = CString::new(profile.key).unwrap_or_default();
         // SAFETY: the function has this signature, and the string ends in a zero.
         let ordinal = unsafe { (self.0.add_device)(name.as_ptr(), bytes) };
-        u64::try_from(ordinal).map(|ordinal| Gpu { driver: self, ordinal }).map_err(|_| unknown())
+        let ordinal =
+            u64::try_from(ordinal).map_err(|_| Error::Link("vcuda_add_device has failed".into()))?;
+        Ok(Gpu { driver: self, ordinal })
     }
 
     /// The device with that number, which the program under test uses.

@@ -1,6 +1,11 @@
 //! The cards that can be imitated: what the driver tells about them, and the limits it enforces. Figures are those
 //! of NVIDIA's published specifications and of the compute capability tables in the CUDA C++ Programming Guide.
 
+use std::ffi::OsStr;
+
+/// The environment variable that names the first card.
+pub const VARIABLE: &str = "VCUDA_PROFILE";
+
 /// A card.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Profile {
@@ -88,8 +93,21 @@ pub const PROFILES: [Profile; 3] = [
 
 impl Profile {
     /// The profile of that short name.
-    pub fn named(key: &str) -> Option<Profile> {
-        PROFILES.into_iter().find(|p| p.key == key)
+    ///
+    /// # Errors
+    /// Where there is none: the names that there are.
+    pub fn named(key: &str) -> Result<Profile, String> {
+        let found = PROFILES.into_iter().find(|p| p.key == key);
+        found.ok_or_else(|| format!("no card `{key}`; there are {}", PROFILES.map(|p| p.key).join(", ")))
+    }
+
+    /// The profile of a value of [`VARIABLE`]; the first where it isn't set.
+    ///
+    /// # Errors
+    /// Those of [`named`](Self::named).
+    pub fn chosen(value: Option<&OsStr>) -> Result<Profile, String> {
+        let named = |key: &OsStr| Profile::named(&key.to_string_lossy());
+        value.map_or(Ok(PROFILES[0]), named).map_err(|reason| format!("{VARIABLE}: {reason}"))
     }
 
     /// Blocks of `threads` threads and `shared` bytes that a multiprocessor holds at once. Registers are not
@@ -140,6 +158,16 @@ impl Profile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_that_is_none_is_answered_with_those_there_are() {
+        assert_eq!(Profile::chosen(None), Ok(PROFILES[0]));
+        assert_eq!(Profile::chosen(Some("h100".as_ref())).unwrap().key, "h100");
+        for wrong in ["H100", ""] {
+            let message = format!("VCUDA_PROFILE: no card `{wrong}`; there are a100, rtx4090, h100");
+            assert_eq!(Profile::chosen(Some(wrong.as_ref())), Err(message));
+        }
+    }
 
     #[test]
     fn occupancy_follows_the_limits() {

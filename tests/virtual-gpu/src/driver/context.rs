@@ -5,7 +5,7 @@ use std::ffi::{c_char, c_int, c_uint};
 
 entry! {
     fn cuInit(flags: c_uint) {
-        if flags != 0 { Err(code::INVALID_VALUE) } else { Ok(()) }
+        if flags != 0 { Err(code::INVALID_VALUE) } else { device_count().map(drop) }
     }
 
     fn cuDriverGetVersion(version: *mut c_int) {
@@ -13,11 +13,11 @@ entry! {
     }
 
     fn cuDeviceGetCount(count: *mut c_int) {
-        give(count, device_count() as c_int)
+        give(count, device_count()? as c_int)
     }
 
     fn cuDeviceGet(device: *mut c_int, ordinal: c_int) {
-        if ordinal < 0 || ordinal as u64 >= device_count() {
+        if ordinal < 0 || ordinal as u64 >= device_count()? {
             return Err(code::INVALID_DEVICE);
         }
         give(device, ordinal)

@@ -1,4 +1,5 @@
-//! Error names and texts. The text of an error that a finding caused ends in that finding.
+//! Error names and texts. The text of an error that a finding caused ends in that finding, and so does what is wrong with
+//! the environment.
 
 use super::{entry, give};
 use crate::device::code;
@@ -37,7 +38,7 @@ fn name_and_text(error: i32) -> Option<(&'static str, &'static str)> {
         code::INVALID_VALUE => ("CUDA_ERROR_INVALID_VALUE", "invalid argument"),
         code::OUT_OF_MEMORY => ("CUDA_ERROR_OUT_OF_MEMORY", "out of memory"),
         3 => ("CUDA_ERROR_NOT_INITIALIZED", "initialization error"),
-        100 => ("CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"),
+        code::NO_DEVICE => ("CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"),
         code::INVALID_DEVICE => ("CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"),
         200 => ("CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"),
         code::INVALID_CONTEXT => ("CUDA_ERROR_INVALID_CONTEXT", "invalid device context"),
@@ -91,7 +92,8 @@ fn name_and_text(error: i32) -> Option<(&'static str, &'static str)> {
 fn explained(error: i32) -> bool {
     matches!(
         error,
-        code::ILLEGAL_ADDRESS
+        code::NO_DEVICE
+            | code::ILLEGAL_ADDRESS
             | code::MISALIGNED_ADDRESS
             | code::LAUNCH_FAILED
             | code::LAUNCH_TIMEOUT
