@@ -37,6 +37,12 @@ pub enum PlotError {
         /// Which field, expected and found.
         source: serde_json::Error,
     },
+    /// There is nothing to draw.
+    #[error("{}: the trace has no tokens", path.display())]
+    Empty {
+        /// The trace.
+        path: PathBuf,
+    },
 }
 
 /// One token of a trace; KL terms and the loss in nats. Arrays have one entry an expert.
@@ -135,7 +141,7 @@ fn visible(text: &str) -> String {
     if text.is_empty() { "∅".into() } else { text.chars().map(visible).collect() }
 }
 
-/// The texts of a trace: the records of one prompt each, in the order of the file.
+/// The texts of a trace: the records of one prompt each, in the order of the file. There is one at least.
 ///
 /// # Errors
 /// [`PlotError`] names the file, and the line of a broken record. Blank lines are passed over.
@@ -163,6 +169,9 @@ pub fn read(path: &Path) -> Result<Vec<Text>, PlotError> {
         if let Some(text) = texts.get_mut(at) {
             text.records.push(record);
         }
+    }
+    if texts.is_empty() {
+        return Err(PlotError::Empty { path: path.to_owned() });
     }
     Ok(texts)
 }

@@ -66,10 +66,17 @@ fn tokens_are_escaped_and_control_characters_shown() {
 }
 
 #[test]
-fn an_empty_trace_and_a_model_alone_are_drawn() {
-    assert!(picture(&[], "p.svg").contains("viewBox=\"0 0 900 46\""));
-    let html = picture(&[], "p.html");
-    assert!(html.contains("The trace has no tokens.") && html.contains("id=\"records\">[]<"), "{html}");
+fn an_empty_trace_is_named() {
+    for (lines, name) in [(&[][..], "p.svg"), (&[" ".to_owned(), String::new()], "p.html")] {
+        let (run, picture) = plot(lines, name);
+        let message = String::from_utf8(run.stderr).unwrap();
+        assert_eq!((run.status.code(), picture), (Some(1), None));
+        assert!(message.contains("t.jsonl: the trace has no tokens"), "{message}");
+    }
+}
+
+#[test]
+fn a_model_alone_is_drawn() {
     let svg = picture(&[record(0, "x", &[], None)], "p.svg");
     assert!(svg.contains(r#"class="alpha">–</text>"#), "no α was computed: {svg}");
 }

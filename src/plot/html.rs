@@ -21,9 +21,6 @@ pub fn html(texts: &[Text]) -> String {
         let names = expert_names(text, texts);
         records.extend(text.records.iter().map(|record| data(record, &names, &palette)));
     }
-    if records.is_empty() {
-        body.push_str("<p>The trace has no tokens.</p>");
-    }
     // Nothing in it may end the element.
     let records = Value::from(records)
         .to_string()
