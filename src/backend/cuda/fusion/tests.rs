@@ -3,6 +3,8 @@
 
 mod sampling;
 
+use virtual_gpu::host::Gpu as Device;
+
 use super::*;
 use crate::backend::Choice;
 use crate::backend::cpu::fuse::{Fuser, sequential};
@@ -50,6 +52,52 @@ fn random_logits(experts: usize, slots: usize, vocab_size: usize, seed: u64) -> 
     models
 }
 
+/// Logits on a virtual GPU of their own.
+struct Bed {
+    device: Device,
+    gpu: Arc<Gpu>,
+    stream: Arc<CudaStream>,
+    place: LogitsPlace,
+    models: usize,
+    _alive: (Buffer<f32>, Buffer<u64>),
+}
+
+impl Bed {
+    /// With the logits of a large model, a small one and experts.
+    fn new(profile: &str, models: &[Vec<Vec<f32>>]) -> Self {
+        let (slots, vocab_size) = (models[0].len(), models[0][0].len());
+        let (device, gpu) = virtual_gpu(profile);
+        let stream = gpu.stream().unwrap();
+        let vocab_stride = stride(vocab_size);
+        // So much between the rows that whoever reads it chooses it. (The sampler passes over NaN.)
+        let mut numbers = vec![1e9; models.len() * slots * vocab_stride];
+        for (row, to) in models.iter().flatten().zip(numbers.chunks_mut(vocab_stride)) {
+            to[..vocab_size].copy_from_slice(row);
+        }
+        let logits = gpu.upload(&stream, &numbers, "logits").unwrap();
+        let address =
+            |model: usize| logits.address() + (model * slots * vocab_stride * size_of::<f32>()) as u64;
+        let table: Vec<u64> = (0..models.len()).map(address).collect();
+        let table = gpu.upload(&stream, &table, "logits").unwrap();
+        let place = LogitsPlace {
+            address: logits.address(),
+            table: table.address(),
+            vocab_size,
+            vocab_stride,
+            slots,
+        };
+        Self { device, gpu, stream, place, models: models.len(), _alive: (logits, table) }
+    }
+
+    fn fuser(&self) -> Result<DeviceFuser> {
+        DeviceFuser::new(&self.gpu, &self.stream, roles(self.models - 2), self.place)
+    }
+
+    fn fuse(&self, fuser: &mut DeviceFuser, rows: &[FuseRow<'_>]) -> Result<Vec<Result<Decision>>> {
+        fuser.fuse(&self.gpu, &self.stream, self.place.table, rows)
+    }
+}
+
 /// What the kernel and the CPU decide, for one row a slot.
 struct Both {
     device: Vec<Result<Decision>>,
@@ -58,32 +106,17 @@ struct Both {
 }
 
 fn fuse_both(models: &[Vec<Vec<f32>>], rows: &[FuseRow<'_>]) -> Both {
-    let (slots, vocab_size) = (models[0].len(), models[0][0].len());
-    let (device, gpu) = virtual_gpu("a100");
-    let stream = gpu.stream().unwrap();
-    let vocab_stride = stride(vocab_size);
-    // NaN between the rows: whoever reads it shows it.
-    let mut numbers = vec![f32::NAN; models.len() * slots * vocab_stride];
-    for (row, to) in models.iter().flatten().zip(numbers.chunks_mut(vocab_stride)) {
-        to[..vocab_size].copy_from_slice(row);
-    }
-    let logits = gpu.upload(&stream, &numbers, "logits").unwrap();
-    let table: Vec<u64> = (0..models.len())
-        .map(|model| logits.address() + (model * slots * vocab_stride * size_of::<f32>()) as u64)
-        .collect();
-    let table = gpu.upload(&stream, &table, "logits").unwrap();
-    let place =
-        LogitsPlace { address: logits.address(), table: table.address(), vocab_size, vocab_stride, slots };
-    let mut fuser = DeviceFuser::new(&gpu, &stream, roles(models.len() - 2), place).unwrap();
-    device.clear();
-    let on_device = fuser.fuse(&gpu, &stream, place.table, rows).unwrap();
-    let launches = device.launches().len();
+    let bed = Bed::new("a100", models);
+    let mut fuser = bed.fuser().unwrap();
+    bed.device.clear();
+    let on_device = bed.fuse(&mut fuser, rows).unwrap();
+    let launches = bed.device.launches().len();
     // The launch leaves tickets as it found them: it can be repeated, and gives the same.
-    let again = fuser.fuse(&gpu, &stream, place.table, rows).unwrap();
+    let again = bed.fuse(&mut fuser, rows).unwrap();
     for (first, second) in on_device.iter().zip(&again) {
         assert_eq!(first.as_ref().ok(), second.as_ref().ok());
     }
-    assert_eq!(device.reports(), []);
+    assert_eq!(bed.device.reports(), []);
     let of_row = |row: usize| Logits {
         large: Some(&models[0][rows[row].slot]),
         small: Some(&models[1][rows[row].slot]),
@@ -280,24 +313,11 @@ fn each_logit_is_read_once() {
     for (experts, vocab_size, most) in [(1, 32_000, 1.3), (2, 32_000, 1.3)] {
         let models = random_logits(experts, 1, vocab_size, 3);
         let row = FuseRow { slot: 0, step: 0, rule: &rule, held: None, choice: sample(&params) };
-        let (device, gpu) = virtual_gpu("h100");
-        let stream = gpu.stream().unwrap();
-        let numbers: Vec<f32> = models.iter().flatten().flatten().copied().collect();
-        let logits = gpu.upload(&stream, &numbers, "logits").unwrap();
-        let table: Vec<u64> =
-            (0..2 + experts).map(|model| logits.address() + (model * vocab_size * 4) as u64).collect();
-        let table = gpu.upload(&stream, &table, "logits").unwrap();
-        let place = LogitsPlace {
-            address: logits.address(),
-            table: table.address(),
-            vocab_size,
-            vocab_stride: vocab_size,
-            slots: 1,
-        };
-        let mut fuser = DeviceFuser::new(&gpu, &stream, roles(experts), place).unwrap();
-        device.clear();
-        fuser.fuse(&gpu, &stream, place.table, &[row]).unwrap().remove(0).unwrap();
-        let launches = device.launches();
+        let bed = Bed::new("h100", &models);
+        let mut fuser = bed.fuser().unwrap();
+        bed.device.clear();
+        bed.fuse(&mut fuser, &[row]).unwrap().remove(0).unwrap();
+        let launches = bed.device.launches();
         assert_eq!(launches.len(), 1);
         let counters = launches[0].counters;
         let needed = ((2 + experts) * vocab_size * size_of::<f32>()) as f64;

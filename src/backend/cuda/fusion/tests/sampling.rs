@@ -1,7 +1,5 @@
 //! sample.cu against the CPU's sampler, which works in f64.
 
-use virtual_gpu::host::Gpu as Device;
-
 use super::*;
 use crate::error::Error;
 
@@ -237,30 +235,17 @@ fn decided(
     rows: &[FuseRow<'_>],
     change: impl FnOnce(&Device),
 ) -> (u64, Option<Vec<Option<Decision>>>) {
-    let (device, gpu) = virtual_gpu("a100");
+    let bed = Bed::new("a100", models);
     // A loop without end ends here.
-    device.budget(20_000_000);
+    bed.device.budget(20_000_000);
     // Warps in another order than their own, which hides what a barrier is for.
-    device.seed(7);
-    change(&device);
-    let stream = gpu.stream().unwrap();
-    let numbers: Vec<f32> = models.iter().flatten().flatten().copied().collect();
-    let (slots, vocab_size) = (models[0].len(), models[0][0].len());
-    let logits = gpu.upload(&stream, &numbers, "logits").unwrap();
-    let of_model = (slots * vocab_size * size_of::<f32>()) as u64;
-    let table: Vec<u64> = (0..models.len() as u64).map(|model| logits.address() + model * of_model).collect();
-    let table = gpu.upload(&stream, &table, "logits").unwrap();
-    let place = LogitsPlace {
-        address: logits.address(),
-        table: table.address(),
-        vocab_size,
-        vocab_stride: vocab_size,
-        slots,
-    };
-    let found = DeviceFuser::new(&gpu, &stream, roles(models.len() - 2), place)
-        .and_then(|mut fuser| fuser.fuse(&gpu, &stream, place.table, rows))
+    bed.device.seed(7);
+    change(&bed.device);
+    let found = bed
+        .fuser()
+        .and_then(|mut fuser| bed.fuse(&mut fuser, rows))
         .map(|found| found.into_iter().map(Result::ok).collect());
-    (device.mutations(), found.ok().filter(|_| device.reports().is_empty()))
+    (bed.device.mutations(), found.ok().filter(|_| bed.device.reports().is_empty()))
 }
 
 #[test]
