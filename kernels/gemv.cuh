@@ -107,7 +107,7 @@ struct Gemv {
         const u32 set = blockIdx.z, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
         u32 ticket = 0;
         if (p.producers && threadIdx.x == 0) ticket = atomicAdd(p.progress + 2 * set, 1);
-        const Span span(p, set, p.skip, M);
+        const Span span(p, set, 0, M);
         if (span.count == 0) return;
         const u32 panels = (p.stride + PANEL - 1) / PANEL;
         const Shared<M> shared(reinterpret_cast<float*>(memory), p.chunk, panels);

@@ -23,7 +23,6 @@ struct Product {
     u32 n;                     // outputs
     u32 cols;                  // columns: the true number
     u32 stride;                // columns rounded up to 8; the padding is zero in x and W
-    u32 skip;                  // Gemv: rows of each set that an earlier launch has done
     u32 chunk;                 // Gemv: panels that fit shared memory at once
     u32 rank;                  // of the adapters, rounded up to 8
     u32 segments;              // projections that W stacks: lora_t has one part for each
@@ -32,7 +31,7 @@ struct Product {
     u32* progress;             // Gemv: (sets, 2): blocks that have begun, and producers that are done; zero before
 };
 
-// The rows of x that a block computes for one set.
+// The rows of x that a block computes for one set: after `skip` of them at most `most`.
 struct Span {
     u32 first;
     u32 count;

@@ -5,8 +5,8 @@
 // bytes  every weight once for all rows: n · cols · size of T; x comes from the L2 cache, once a block; with producers
 //        (lora.cuh) A of each row's adapter
 // bound  memory bandwidth
-// needs  rows of a set − skip ≤ M, or the rest is left for the next launch; rows of W and x 16-byte aligned, zero
-//        between cols and stride; shared memory for `chunk` panels of M rows; with producers `progress` zero and `rows` null
+// needs  rows of a set ≤ M; rows of W and x 16-byte aligned, zero between cols and stride; shared memory for `chunk`
+//        panels of M rows; with producers `progress` zero and `rows` null
 #pragma once
 
 #include "gemv.cuh"

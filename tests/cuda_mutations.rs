@@ -181,11 +181,11 @@ fn a_bound_off_by_one_is_noticed() {
     let places = [
         ("embed_bf16", vec![("stride", 40)]),
         ("residual_bf16_4", vec![("n", PRODUCT), ("stride", PRODUCT + 8)]),
-        ("lm_head_bf16_4", vec![("n", PRODUCT), ("skip", PRODUCT + 12)]),
+        ("lm_head_bf16_4", vec![("n", PRODUCT), ("stride", PRODUCT + 8)]),
         ("qkv_bf16_4", vec![("cols", PRODUCT + 4), ("heads", 224), ("head_dim", 232)]),
         ("split_rows_bf16", vec![("cols", PRODUCT + 4), ("stride", PRODUCT + 8)]),
         ("qkv_wide_bf16", vec![("stride", PRODUCT + 8), ("heads", 224), ("head_dim", 232)]),
-        ("residual_wide_bf16", vec![("n", PRODUCT), ("rank", PRODUCT + 20)]),
+        ("residual_wide_bf16", vec![("n", PRODUCT), ("rank", PRODUCT + 16)]),
         ("attention_4", vec![("heads", 112), ("head_dim", 120), ("splits", 124)]),
         ("fuse_2", vec![("vocab_stride", 64), ("vocab_size", 68), ("first_expert", 76), ("slice", 80)]),
         ("advance", vec![("slots", 96)]),

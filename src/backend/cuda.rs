@@ -56,6 +56,7 @@ use std::time::{Duration, Instant};
 use ahead::{Ahead, Machine, fusion_time};
 use forward::{Group, LogitsPlace};
 use fusion::{DeviceFuser, Encoded, Roles};
+use kernels::excess;
 pub(crate) use memory::Buffer;
 use needs::Needs;
 use relay::Relay;
@@ -66,7 +67,7 @@ use super::{Backend, Batch, ForwardTime, FuseRow, Limits};
 use crate::ensemble::Ensemble;
 use crate::error::{Error, Result};
 use crate::fusion::Decision;
-use crate::model::Role;
+use crate::model::{LlamaModel, Role};
 
 /// How a [`CudaBackend`] is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,15 +114,12 @@ pub struct CudaBackend {
     fuser: DeviceFuser,
 }
 
-/// The largest head that the kernels of attention compute.
-const MOST_HEAD_DIM: usize = 256;
-
 impl CudaBackend {
     /// Copies the weights of `ensemble` to the GPU and reserves its memory; `progress` gets the bytes that went up.
     ///
     /// # Errors
-    /// [`Error::Device`] where there is no such GPU, or too little memory on it, or a head has more than 256 numbers;
-    /// [`Error::Cuda`].
+    /// [`Error::Device`] where there is no such GPU, or too little memory on it, or a head has more than 256 numbers, or
+    /// a projection has more than 8,388,480 outputs; [`Error::Cuda`].
     pub fn new(
         ensemble: Arc<Ensemble>,
         options: CudaOptions,
@@ -135,15 +133,9 @@ impl CudaBackend {
             let roles = models.iter().enumerate();
             roles.filter(move |(_, model)| (model.role == Role::Large) == large).map(|(index, _)| index)
         };
-        // A position is shared by the lanes of a warp, eight numbers each.
-        if let Some(model) = models.iter().find(|model| model.config.head_dim > MOST_HEAD_DIM) {
-            return Err(Error::Device {
-                requested: format!("cuda:{ordinal}"),
-                reason: format!(
-                    "{}: expected a head_dim of at most {MOST_HEAD_DIM}, found {}",
-                    model.role, model.config.head_dim
-                ),
-            });
+        let excess = |model: &Arc<LlamaModel>| Some(format!("{}: {}", model.role, excess(&model.config)?));
+        if let Some(reason) = models.iter().find_map(excess) {
+            return Err(Error::Device { requested: format!("cuda:{ordinal}"), reason });
         }
         let vocab_size = ensemble.vocab_size();
         let half = models.len() * limits.slots * stride(vocab_size);

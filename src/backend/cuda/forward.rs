@@ -442,7 +442,6 @@ impl Group {
             n: u32_of(n),
             cols: u32_of(input.cols),
             stride: u32_of(stride(input.cols)),
-            skip: 0,
             chunk: 0,
             rank: lora.map_or(0, |(adapters, ..)| u32_of(adapters.rank)),
             segments: lora.map_or(0, |(.., stage)| u32_of(stage.projections().len())),
@@ -452,8 +451,7 @@ impl Group {
         }
     }
 
-    /// Launches a projection: on tensor cores where a set has more than sixteen rows; where a grid has no room for so
-    /// many outputs, once for each sixteen of them.
+    /// Launches a projection: on tensor cores where a set has more than sixteen rows.
     fn project<A: cudarc::driver::DeviceRepr>(
         &self,
         projections: &Projections,
@@ -462,9 +460,11 @@ impl Group {
         rows: Rows,
         args: impl Fn(Product) -> A,
     ) -> Result<()> {
-        let tiles = units.div_ceil(WIDE_UNITS);
-        let wide = projections.wide(rows.most).filter(|_| tiles <= MOST_BLOCKS_Y);
-        if let Some(kernel) = wide {
+        // No logits are wanted before the end of a prompt.
+        if rows.most == 0 {
+            return Ok(());
+        }
+        if let Some(kernel) = projections.wide(rows.most) {
             let to = self.buffers.split.address();
             let blocks = (u32_of(rows.all), 1 + product.low_rank().div_ceil(SPLIT_WARPS), 1);
             let grid = Grid { blocks, threads: (128, 1, 1), shared: 0 };
@@ -474,32 +474,27 @@ impl Group {
                 self.gpu.launch(&self.stream, &self.kernels.split_rows, grid, &SplitArgs { product, to })
             }?;
             product.x = to;
-            let blocks = (u32_of(rows.most.div_ceil(WIDE_ROWS)), u32_of(tiles), self.sets());
+            let blocks =
+                (u32_of(rows.most.div_ceil(WIDE_ROWS)), u32_of(units.div_ceil(WIDE_UNITS)), self.sets());
             let grid = Grid { blocks, threads: (256, 1, 1), shared: 0 };
             // SAFETY: as below, and `split` has been written for these rows.
             return unsafe { self.gpu.launch(&self.stream, kernel, grid, &args(product)) };
         }
         let tiles = units.div_ceil(WARPS);
-        for skip in (0..rows.most).step_by(MOST_ROWS) {
-            let (kernel, most) = projections.few(rows.most - skip);
-            let (chunk, shared) = staging(most, product.stride as usize);
-            product.skip = u32_of(skip);
-            product.chunk = u32_of(chunk);
-            // The first launch computes A x of all rows.
-            let first = if skip == 0 { rows.most } else { 0 };
-            product.producers = product.producers_for(first, self.gpu.multiprocessors());
-            let blocks = tiles.min(2 * self.gpu.multiprocessors()).max(1);
-            let grid = Grid {
-                blocks: (u32_of(blocks) + product.producers, 1, self.sets()),
-                threads: (u32_of(WARPS) * 32, 1, 1),
-                shared: u32_of(shared),
-            };
-            // SAFETY: the buffers have `capacity` rows of the widths that the kernels' contracts name, and the plan
-            // has no more rows; matrices have `n` rows of `stride` columns (see `Layout`). What a launch with producers
-            // counts with is its own, and `embed` has set it to zero.
-            unsafe { self.gpu.launch(&self.stream, kernel, grid, &args(product)) }?;
-        }
-        Ok(())
+        let (kernel, most) = projections.few(rows.most);
+        let (chunk, shared) = staging(most, product.stride as usize);
+        product.chunk = u32_of(chunk);
+        product.producers = product.producers_for(rows.most, self.gpu.multiprocessors());
+        let blocks = tiles.min(2 * self.gpu.multiprocessors()).max(1);
+        let grid = Grid {
+            blocks: (u32_of(blocks) + product.producers, 1, self.sets()),
+            threads: (u32_of(WARPS) * 32, 1, 1),
+            shared: u32_of(shared),
+        };
+        // SAFETY: the buffers have `capacity` rows of the widths that the kernels' contracts name, and the plan has no
+        // more rows; matrices have `n` rows of `stride` columns (see `Layout`). What a launch with producers counts with
+        // is its own, and `embed` has set it to zero.
+        unsafe { self.gpu.launch(&self.stream, kernel, grid, &args(product)) }
     }
 
     fn all_rows(&self) -> Rows {
@@ -510,9 +505,6 @@ impl Group {
         u32_of(self.members.owners.len())
     }
 }
-
-/// Blocks of a grid along y, at most.
-const MOST_BLOCKS_Y: usize = 65_535;
 
 /// How many rows a projection computes: of all sets, and of the set that has the most.
 #[derive(Clone, Copy, Debug)]

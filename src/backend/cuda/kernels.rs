@@ -3,6 +3,7 @@
 use cudarc::driver::DeviceRepr;
 
 use super::device::{Gpu, Kernel};
+use crate::config::LlamaConfig;
 use crate::error::Result;
 use crate::weights::Dtype;
 
@@ -32,6 +33,10 @@ pub(crate) const WARPS: usize = 8;
 pub(crate) const SPLIT_WARPS: u32 = 4;
 /// Outputs of a warp.
 pub(crate) const OUTPUTS: usize = 4;
+/// The largest head: a position is shared by the lanes of a warp, eight numbers each.
+const MOST_HEAD_DIM: usize = 256;
+/// Outputs of a matrix at most: a grid has 65,535 blocks along y.
+const MOST_OUTPUTS: usize = 65_535 * WIDE_UNITS * OUTPUTS;
 /// Columns that a warp reads at once.
 pub(crate) const PANEL: usize = 256;
 /// Numbers of a staged panel.
@@ -71,7 +76,6 @@ pub(crate) struct Product {
     pub(crate) n: u32,
     pub(crate) cols: u32,
     pub(crate) stride: u32,
-    pub(crate) skip: u32,
     pub(crate) chunk: u32,
     pub(crate) rank: u32,
     pub(crate) segments: u32,
@@ -249,6 +253,18 @@ impl Projections {
     }
 }
 
+/// What of a model the kernels have no room for.
+pub(crate) fn excess(config: &LlamaConfig) -> Option<String> {
+    let LlamaConfig { head_dim, hidden_size, intermediate_size, vocab_size, .. } = *config;
+    let qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * head_dim;
+    let outputs = qkv.max(2 * intermediate_size).max(hidden_size).max(vocab_size);
+    if head_dim > MOST_HEAD_DIM {
+        return Some(format!("expected a head_dim of at most {MOST_HEAD_DIM}, found {head_dim}"));
+    }
+    (outputs > MOST_OUTPUTS)
+        .then(|| format!("expected a projection to at most {MOST_OUTPUTS} numbers, found {outputs}"))
+}
+
 /// The image of the products on tensor cores.
 fn wide_module(dtype: Dtype) -> &'static str {
     match dtype {
@@ -327,6 +343,35 @@ impl Kernels {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_kernels_have_no_room_for_is_named() {
+        let json = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 64,
+            "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "head_dim": 256, "vocab_size": 100, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
+            "rope_theta": 10000.0,
+        });
+        let config = LlamaConfig::from_json("config.json".as_ref(), &json.to_string(), None).unwrap();
+        let excess_of = |change: &dyn Fn(&mut LlamaConfig)| {
+            let mut changed = config.clone();
+            change(&mut changed);
+            excess(&changed)
+        };
+        let message = "expected a head_dim of at most 256, found 258";
+        assert_eq!(excess_of(&|config| config.head_dim = 258).as_deref(), Some(message));
+        // As many whole heads as there is room for, and one more.
+        for n in [8_388_352, 8_388_608] {
+            let message = (n > 8_388_480)
+                .then(|| format!("expected a projection to at most 8388480 numbers, found {n}"));
+            assert_eq!(excess_of(&|config| config.hidden_size = n), message);
+            assert_eq!(excess_of(&|config| config.vocab_size = n), message);
+            assert_eq!(excess_of(&|config| config.intermediate_size = n / 2), message);
+            assert_eq!(excess_of(&|config| config.num_attention_heads = n / 256 - 2), message);
+        }
+        assert_eq!(excess_of(&|config| config.vocab_size = 8_388_480), None);
+        assert!(excess_of(&|config| config.vocab_size = 8_388_481).is_some());
+    }
 
     #[test]
     fn staging_never_asks_for_more_shared_memory_than_every_kernel_may_have() {

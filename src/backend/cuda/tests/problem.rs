@@ -59,8 +59,6 @@ pub(super) struct Problem {
     pub(super) indices: Vec<u32>,
     /// Of the set that has the most of them.
     pub(super) most: usize,
-    /// Whether more than sixteen go to tensor cores, as wherever a grid has room for all outputs.
-    pub(super) may_be_wide: bool,
     adapter: Vec<u32>,
     lora: Vec<Lora>,
     lora_t: Output,
@@ -121,7 +119,6 @@ impl Problem {
             n: n as u32,
             cols: cols as u32,
             stride: stride(cols) as u32,
-            skip: 0,
             chunk: 0,
             rank: rank as u32,
             segments: segments as u32,
@@ -139,7 +136,6 @@ impl Problem {
             set_of,
             indices,
             most,
-            may_be_wide: true,
             adapter,
             lora,
             lora_t,
@@ -173,7 +169,7 @@ impl Problem {
 
     /// Whether tensor cores compute it.
     pub(super) fn is_wide(&self) -> bool {
-        self.may_be_wide && self.most > MOST_ROWS
+        self.most > MOST_ROWS
     }
 
     /// w · x, or w · rms_norm(x), of a row.
@@ -282,7 +278,7 @@ impl Problem {
         args: impl Fn(Product) -> A,
     ) -> Found {
         let (mut product, sets) = (self.product, self.sets.len() as u32);
-        if let Some(kernel) = projections.wide(self.most).filter(|_| self.may_be_wide) {
+        if let Some(kernel) = projections.wide(self.most) {
             let split = bed.fresh(self.indices.len() * split_words(self.case.dtype, product.stride as usize));
             let blocks = (self.indices.len() as u32, 1 + product.low_rank().div_ceil(SPLIT_WARPS), 1);
             let grid = Grid { blocks, threads: (128, 1, 1), shared: 0 };
@@ -294,22 +290,17 @@ impl Problem {
             return bed.launch(kernel, Grid { blocks, threads: (256, 1, 1), shared: 0 }, &args(product));
         }
         let tiles = units.div_ceil(WARPS);
-        for skip in (0..self.most).step_by(MOST_ROWS) {
-            let (kernel, most) = projections.few(self.most - skip);
-            let (chunk, shared) = staging(most, product.stride as usize);
-            product.skip = skip as u32;
-            product.chunk = chunk as u32;
-            product.producers =
-                product.producers_for(if skip == 0 { self.most } else { 0 }, bed.gpu.multiprocessors());
-            let blocks = tiles.min(2 * bed.gpu.multiprocessors()).max(1);
-            let grid = Grid {
-                blocks: (blocks as u32 + product.producers, 1, sets),
-                threads: (WARPS as u32 * 32, 1, 1),
-                shared: shared as u32,
-            };
-            bed.launch(kernel, grid, &args(product))?;
-        }
-        Ok(())
+        let (kernel, most) = projections.few(self.most);
+        let (chunk, shared) = staging(most, product.stride as usize);
+        product.chunk = chunk as u32;
+        product.producers = product.producers_for(self.most, bed.gpu.multiprocessors());
+        let blocks = tiles.min(2 * bed.gpu.multiprocessors()).max(1);
+        let grid = Grid {
+            blocks: (blocks as u32 + product.producers, 1, sets),
+            threads: (WARPS as u32 * 32, 1, 1),
+            shared: shared as u32,
+        };
+        bed.launch(kernel, grid, &args(product))
     }
 
     /// What `split_rows` wrote for each index: (high + low) · factor is the row, normalised.
