@@ -2,10 +2,12 @@
 //!
 //! A decode step has some 150 regions of a few microseconds to a millisecond, so starting one must cost about a
 //! microsecond: workers spin for a moment before they sleep, tasks are claimed by one atomic, and nobody waits for
-//! a worker that claimed nothing.
+//! a worker that claimed nothing. Each thread has a part of the tasks, and takes them in order, since neighbours read
+//! neighbouring weights, which it has asked memory for already; a thread without tasks takes the last one of another.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -24,20 +26,49 @@ const SPINS_BEFORE_YIELD: u32 = 10_000;
 /// A task: called with the index of the thread that runs it, below [`Pool::threads`], and its own.
 type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
 
-/// The region that runs now.
-#[derive(Clone, Copy)]
-struct Region {
-    task: *const Task<'static>,
-    tasks: usize,
+/// The unclaimed tasks of a thread's part: the first in the upper half, the end in the lower. A claim is one
+/// compare-and-swap. Alone in its cache lines, since its thread writes it for every task.
+#[derive(Default)]
+#[repr(align(128))]
+struct Part(AtomicU64);
+
+impl Part {
+    /// Opens the part. SeqCst, as the flags of sleepers.
+    fn open(&self, tasks: Range<usize>) {
+        self.0.store((tasks.start as u64) << 32 | tasks.end as u64, Ordering::SeqCst);
+    }
+
+    /// Whether no task is unclaimed. SeqCst, as the flags of sleepers.
+    fn is_empty(&self) -> bool {
+        let tasks = self.0.load(Ordering::SeqCst);
+        tasks >> 32 == tasks & u64::from(u32::MAX)
+    }
+
+    /// Claims the first task, or the last one.
+    fn claim(&self, first: bool) -> Option<usize> {
+        let mut tasks = self.0.load(Ordering::Relaxed);
+        loop {
+            let (start, end) = (tasks >> 32, tasks & u64::from(u32::MAX));
+            if start == end {
+                return None;
+            }
+            // Should a region have ended and another have begun since the load, with the same tasks unclaimed, then the
+            // claim is one of that.
+            let (index, left) = if first { (start, tasks + (1 << 32)) } else { (end - 1, tasks - 1) };
+            match self.0.compare_exchange_weak(tasks, left, Ordering::Acquire, Ordering::Relaxed) {
+                Ok(_) => return Some(index as usize),
+                Err(now) => tasks = now,
+            }
+        }
+    }
 }
 
 /// What all threads see.
 struct Shared {
-    /// The number of the region in the upper half, and how many of its tasks are unclaimed in the lower: a claim
-    /// is one compare-and-swap, which fails if the region is over.
-    ticket: AtomicU64,
+    /// One for each thread.
+    parts: Vec<Part>,
     /// Written by the caller while no task is unclaimed or running, read by whoever has claimed one.
-    region: UnsafeCell<Option<Region>>,
+    task: UnsafeCell<Option<*const Task<'static>>>,
     /// Tasks that are finished.
     finished: AtomicUsize,
     /// The first panic of a task.
@@ -48,8 +79,8 @@ struct Shared {
     stop: AtomicBool,
 }
 
-// SAFETY: `region` is written only between regions (every task claimed and finished, which `finished` orders) and
-// read only after a successful claim (which `ticket` orders); its pointer is to a `Sync` closure.
+// SAFETY: `task` is written only between regions (every task claimed and finished, which `finished` orders) and
+// read only after a successful claim (which `parts` orders); its pointer is to a `Sync` closure.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; nothing in it belongs to one thread.
 unsafe impl Send for Shared {}
@@ -58,7 +89,6 @@ unsafe impl Send for Shared {}
 pub(crate) struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    regions: u32,
 }
 
 impl Pool {
@@ -75,14 +105,14 @@ impl Pool {
             });
         }
         let shared = Arc::new(Shared {
-            ticket: AtomicU64::new(0),
-            region: UnsafeCell::new(None),
+            parts: (0..threads).map(|_| Part::default()).collect(),
+            task: UnsafeCell::new(None),
             finished: AtomicUsize::new(0),
             panic: Mutex::new(None),
             asleep: (1..threads).map(|_| AtomicBool::new(false)).collect(),
             stop: AtomicBool::new(false),
         });
-        let mut pool = Self { shared, workers: Vec::with_capacity(threads - 1), regions: 0 };
+        let mut pool = Self { shared, workers: Vec::with_capacity(threads - 1) };
         for index in 1..threads {
             let shared = Arc::clone(&pool.shared);
             let worker = thread::Builder::new()
@@ -102,8 +132,8 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Runs `task(thread, index)` for every index below `tasks`, the first ones first, and returns when all are
-    /// finished. A panic in a task continues here once the others are finished.
+    /// Runs `task(thread, index)` for every index below `tasks` and returns when all are finished: neighbours one after
+    /// the other on the same thread, mostly. A panic in a task continues here once the others are finished.
     pub(crate) fn run(&mut self, tasks: usize, task: impl Fn(usize, usize) + Sync) {
         if self.workers.is_empty() || tasks <= 1 {
             for index in 0..tasks {
@@ -111,18 +141,21 @@ impl Pool {
             }
             return;
         }
+        assert!(tasks <= u32::MAX as usize, "a part has its bounds in 32 bits each");
         let shared = &*self.shared;
         let task: *const Task<'_> = &raw const task;
         // SAFETY: only the lifetime changes; this function doesn't return before every task is finished, and who
         // has not claimed one doesn't look at the pointer.
         let task = unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(task) };
         // SAFETY: the last region is over: no task of it is unclaimed or running, so nobody reads.
-        unsafe { *shared.region.get() = Some(Region { task, tasks }) };
+        unsafe { *shared.task.get() = Some(task) };
         shared.finished.store(0, Ordering::Relaxed);
-        self.regions = self.regions.wrapping_add(1);
-        // SeqCst here and at the flags: either a worker that is about to sleep sees the new ticket, or this
+        // SeqCst here and at the flags: either a worker that is about to sleep sees the new tasks, or this
         // thread sees its flag.
-        shared.ticket.store(u64::from(self.regions) << 32 | tasks as u64, Ordering::SeqCst);
+        let threads = shared.parts.len();
+        for (i, part) in shared.parts.iter().enumerate() {
+            part.open(i * tasks / threads..(i + 1) * tasks / threads);
+        }
         for (asleep, worker) in shared.asleep.iter().zip(&self.workers) {
             if asleep.load(Ordering::SeqCst) {
                 worker.thread().unpark();
@@ -155,23 +188,15 @@ impl Drop for Pool {
 impl Shared {
     /// Claims a task and runs it; false where none is unclaimed.
     fn claim_and_run(&self, thread: usize) -> bool {
-        let mut ticket = self.ticket.load(Ordering::Relaxed);
-        let unclaimed = loop {
-            let unclaimed = (ticket & u64::from(u32::MAX)) as usize;
-            if unclaimed == 0 {
-                return false;
-            }
-            match self.ticket.compare_exchange_weak(ticket, ticket - 1, Ordering::Acquire, Ordering::Relaxed)
-            {
-                Ok(_) => break unclaimed,
-                Err(now) => ticket = now,
-            }
-        };
+        let (before, from) = self.parts.split_at(thread);
+        let others = || from.iter().skip(1).chain(before);
+        let own = from.first().and_then(|part| part.claim(true));
+        let Some(index) = own.or_else(|| others().find_map(|part| part.claim(false))) else { return false };
         // SAFETY: this thread holds an unfinished task of the region, so nobody writes.
-        let Some(region) = (unsafe { *self.region.get() }) else { return false };
+        let Some(task) = (unsafe { *self.task.get() }) else { return false };
         // SAFETY: the closure lives until every task is finished, and this one is not.
-        let task = unsafe { &*region.task };
-        let outcome = catch_unwind(AssertUnwindSafe(|| task(thread, region.tasks - unclaimed)));
+        let task = unsafe { &*task };
+        let outcome = catch_unwind(AssertUnwindSafe(|| task(thread, index)));
         if let Err(panic) = outcome {
             lock(&self.panic).get_or_insert(panic);
         }
@@ -191,8 +216,7 @@ impl Shared {
                 std::hint::spin_loop();
             } else {
                 asleep.store(true, Ordering::SeqCst);
-                let idle = self.ticket.load(Ordering::SeqCst) & u64::from(u32::MAX) == 0;
-                if idle && !self.stop.load(Ordering::SeqCst) {
+                if self.parts.iter().all(Part::is_empty) && !self.stop.load(Ordering::SeqCst) {
                     thread::park();
                 }
                 asleep.store(false, Ordering::SeqCst);
@@ -222,6 +246,22 @@ mod tests {
                 });
                 assert!(runs.iter().all(|runs| runs.load(Ordering::Relaxed) == 1), "round {round}");
             }
+        }
+    }
+
+    #[test]
+    fn a_thread_without_tasks_takes_those_of_another() {
+        let mut pool = Pool::new(2).unwrap();
+        for _ in 0..100 {
+            // Whichever thread has the first task holds it until all others have run: the other thread must take some of
+            // its part.
+            let finished = AtomicUsize::new(0);
+            pool.run(7, |_, index| {
+                while index == 0 && finished.load(Ordering::Relaxed) < 6 {
+                    thread::yield_now();
+                }
+                finished.fetch_add(1, Ordering::Relaxed);
+            });
         }
     }
 

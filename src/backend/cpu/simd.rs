@@ -69,7 +69,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` must be valid for writing `LANES` f32; any alignment.
     unsafe fn store_at(self, p: *mut f32, v: Self::V);
-    /// Asks for the cache line of `p`, which may point anywhere.
+    /// Asks for the cache line of `p`, which may point anywhere, to be read once.
     fn prefetch(self, p: *const u8);
     /// a + b
     fn add(self, a: Self::V, b: Self::V) -> Self::V;

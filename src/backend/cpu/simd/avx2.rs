@@ -86,7 +86,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
-        intrinsic!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
+        intrinsic!(_mm_prefetch::<_MM_HINT_NTA>(p.cast()))
     }
 
     #[inline(always)]
