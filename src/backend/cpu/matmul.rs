@@ -248,6 +248,7 @@ impl<E: Element> Kernel for Convert<'_, E> {
     fn run<S: Simd>(self, simd: S) {
         for (from, to) in self.from.chunks_exact(self.k).zip(self.to.chunks_exact_mut(self.stride)) {
             for (from, to) in from.chunks(S::LANES).zip(S::parts_mut(to.as_chunks_mut().0)) {
+                simd.prefetch(from.as_ptr().cast::<u8>().wrapping_add(AHEAD));
                 simd.store(to, E::load_padded(simd, from));
             }
         }
