@@ -2,17 +2,20 @@
 //!
 //! ```text
 //! pool        the threads; one region of tasks at a time
-//! simd        eight lanes, for each instruction set, and the mathematics that all kernels share
+//! simd        registers of each instruction set, and the mathematics that all kernels share
 //! matmul      y = x Wᵀ with the same bits for one row and for many
 //! projection  the products of one stage, for all models that run together
 //! attention   causal attention over the paged cache
 //! forward     the layers, in the order of the paper
+//! bandwidth   what memory gives: the limit of decoding
 //! ```
 //!
 //! A row's logits are the same to the bit whatever else is in the batch, however a prompt is cut, and on any
 //! number of threads: every sum has one order, fixed by the shape of the model and the position alone.
 
 mod attention;
+#[cfg(feature = "cli")]
+mod bandwidth;
 mod cache;
 mod caller;
 mod forward;
@@ -28,6 +31,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use attention::AttentionScratch;
+#[cfg(feature = "cli")]
+pub(crate) use bandwidth::bandwidth;
 use cache::{KvCache, Lazy};
 pub use caller::CpuFusion;
 #[cfg(feature = "cuda")]

@@ -22,7 +22,7 @@ const WIDE_TILE_COLS: usize = 8;
 const BLOCK_FLOATS: usize = 8 << 10;
 
 /// How far ahead weights are asked for where they come from memory, in bytes, unless a tile is longer.
-const AHEAD: usize = 8 << 10;
+pub(crate) const AHEAD: usize = 8 << 10;
 
 /// Bytes that memory delivers together.
 const CACHE_LINE: usize = 64;
