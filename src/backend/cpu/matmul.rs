@@ -18,6 +18,18 @@ const TILE_COLS: usize = 4;
 /// As [`TILE_COLS`], where there are 32 registers: 28 are used, and eleven loads feed 24 multiplications.
 const WIDE_TILE_COLS: usize = 8;
 
+/// As [`TILE_ROWS`], where there are 32 registers and a tile has at most [`TILE_COLS`] weight rows.
+const TALL_TILE_ROWS: usize = 6;
+
+/// Activation rows up to which tiles are tall: they stay in the caches, and tall tiles convert a 16-bit weight for six
+/// products. More come from an L2, which tiles of eight weight rows read half as often.
+const TALL_ROWS: usize = 24;
+
+/// The activation rows from which 16-bit weights are converted once and then reused.
+pub(crate) fn convert_rows(isa: Isa) -> usize {
+    if isa.has_many_registers() { TALL_ROWS + 1 } else { 8 }
+}
+
 /// Floats of a tile's weight rows and of its activation rows that stay in an L1 of 32 KiB.
 const BLOCK_FLOATS: usize = 8 << 10;
 
@@ -70,6 +82,7 @@ impl<E: Element> Kernel for MatMul<'_, E> {
         match (this.rows, size_of::<E>()) {
             (1, 4) => this.tiles::<S, 1>(simd),
             (1, _) => this.tiles::<S, 2>(simd),
+            (4..=TALL_ROWS, _) => this.tiles::<S, TILE_COLS>(simd),
             _ if S::MANY_REGISTERS => this.tiles::<S, WIDE_TILE_COLS>(simd),
             _ => this.tiles::<S, TILE_COLS>(simd),
         }
@@ -97,21 +110,28 @@ impl<E: Element> MatMul<'_, E> {
     /// All rows of `N` columns from `col` on; returns `N`.
     #[inline(always)]
     fn columns<S: Simd, const N: usize>(&mut self, simd: S, col: usize) -> usize {
+        let tall = S::MANY_REGISTERS && N <= TILE_COLS;
+        let stream = self.rows <= if tall { TALL_ROWS } else { TILE_ROWS };
         let blocks = (self.k * (N + TILE_ROWS)).div_ceil(BLOCK_FLOATS);
-        if blocks > 1 && self.rows > TILE_ROWS {
+        if blocks > 1 && !stream {
             self.columns_blocked::<S, N>(simd, col, blocks);
             return N;
         }
-        // Weights that serve one tile only come from memory, not from a cache.
-        let stream = self.rows <= TILE_ROWS;
         let mut row = 0;
         while row < self.rows {
-            row += match (self.rows - row, stream) {
+            // Weights that serve few rows come from memory, not from a cache, when the first tile reads them.
+            row += match (self.rows - row, stream && row == 0) {
                 (1, true) => self.tile::<S, 1, N, true>(simd, row, col),
                 (2, true) => self.tile::<S, 2, N, true>(simd, row, col),
+                (4, true) if tall => self.tile::<S, 4, N, true>(simd, row, col),
+                (5, true) if tall => self.tile::<S, 5, N, true>(simd, row, col),
+                (TALL_TILE_ROWS.., true) if tall => self.tile::<S, TALL_TILE_ROWS, N, true>(simd, row, col),
                 (_, true) => self.tile::<S, TILE_ROWS, N, true>(simd, row, col),
                 (1, false) => self.tile::<S, 1, N, false>(simd, row, col),
                 (2, false) => self.tile::<S, 2, N, false>(simd, row, col),
+                (4, false) if tall => self.tile::<S, 4, N, false>(simd, row, col),
+                (5, false) if tall => self.tile::<S, 5, N, false>(simd, row, col),
+                (TALL_TILE_ROWS.., false) if tall => self.tile::<S, TALL_TILE_ROWS, N, false>(simd, row, col),
                 (_, false) => self.tile::<S, TILE_ROWS, N, false>(simd, row, col),
             };
         }

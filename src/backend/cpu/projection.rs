@@ -7,11 +7,11 @@ use std::ops::Range;
 
 use arrayvec::ArrayVec;
 
-use super::matmul::{BLOCK_ROWS, MatMul, Numbers};
+use super::matmul::{BLOCK_ROWS, MatMul, Numbers, convert_rows};
 use super::matrix::{Matrix, Shared, stride};
 use super::pool::Pool;
 use super::rowwise::{AddScaled, SiluMul};
-use super::simd::{Isa, padded};
+use super::simd::{Isa, LANES, padded};
 use crate::adapter::{LoraDelta, Projection};
 use crate::model::MAX_EXPERTS;
 use crate::weights::{Linear, Tensor};
@@ -21,9 +21,6 @@ pub(crate) const MAX_GROUP: usize = MAX_EXPERTS + 1;
 
 /// Products of one region: q, k and v of every model.
 pub(crate) const MAX_PRODUCTS: usize = 3 * MAX_GROUP;
-
-/// Rows from which 16-bit weights are converted once and then reused.
-const CONVERT_ROWS: usize = 8;
 
 /// Floats of converted weights and of a block of activations that stay in an L2 of 512 KiB beside each other.
 const PANEL_FLOATS: usize = 40 << 10;
@@ -177,10 +174,11 @@ impl Region<'_> {
         let k = self.k(product);
         let mut cols = all_cols.div_ceil(wanted).next_multiple_of(8).clamp(TASK_COLS.start, TASK_COLS.end);
         let mut most_rows = rows;
-        if rows >= CONVERT_ROWS {
+        cols = cols.min(TILE_FLOATS / rows.clamp(1, BLOCK_ROWS) / LANES * LANES);
+        if rows >= convert_rows(self.isa) {
             let matrices = 1 + usize::from(product.second.is_some());
             let fit = PANEL_FLOATS / matrices / stride(k);
-            cols = cols.min((fit - fit % 8).clamp(8, TILE_FLOATS / BLOCK_ROWS - 5));
+            cols = cols.min((fit - fit % 8).max(8));
             // Few columns and many threads: cut the rows, too, but never below what pays for a conversion.
             let columns = product.cols.div_ceil(cols);
             most_rows = rows.div_ceil((wanted / 2).div_ceil(columns)).next_multiple_of(BLOCK_ROWS);
@@ -202,12 +200,12 @@ impl Region<'_> {
         let last_row = product.rows.1.min(first_row + cut.rows);
         let k = self.k(product);
         let TileScratch { panels: [panel, panel2], tiles: [tile, tile2, low] } = scratch;
-        let convert = last_row - first_row >= CONVERT_ROWS;
+        let convert = last_row - first_row >= convert_rows(self.isa);
         let first = Panel::new(self.isa, product.first.weight, k, col..col + cols, convert, panel);
         let second =
             product.second.map(|w| (w, Panel::new(self.isa, w.weight, k, col..col + cols, convert, panel2)));
         // A block of activations stays in L2 while all weight rows of the task pass over it.
-        let step = (PANEL_FLOATS / stride(k) / 3 * 3).clamp(3, BLOCK_ROWS);
+        let step = (PANEL_FLOATS / stride(k) / 6 * 6).clamp(6, BLOCK_ROWS);
         let mut row = first_row;
         while row < last_row {
             let end = last_row.min(row + step);

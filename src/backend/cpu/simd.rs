@@ -278,6 +278,17 @@ impl Isa {
         Self::every().next_back().unwrap_or(Self::Portable)
     }
 
+    /// [`Simd::MANY_REGISTERS`].
+    pub(crate) fn has_many_registers(self) -> bool {
+        match self {
+            Self::Portable => Portable::MANY_REGISTERS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => Avx2::MANY_REGISTERS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => Avx512::MANY_REGISTERS,
+        }
+    }
+
     /// The name.
     pub(crate) fn name(self) -> &'static str {
         match self {

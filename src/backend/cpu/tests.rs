@@ -73,7 +73,19 @@ fn checked<E: Element>(
 fn products_are_within_the_bound_of_f64() {
     for isa in Isa::every() {
         for k in [1, 7, 8, 9, 64, 173, 1024, 1025, 2100] {
-            for (rows, cols) in [(1, 1), (1, 9), (2, 4), (3, 5), (4, 8), (5, 16), (7, 3), (BLOCK_ROWS, 13)] {
+            for (rows, cols) in [
+                (1, 1),
+                (1, 9),
+                (2, 4),
+                (3, 5),
+                (4, 8),
+                (5, 16),
+                (6, 11),
+                (7, 3),
+                (16, 5),
+                (24, 13),
+                (BLOCK_ROWS, 13),
+            ] {
                 checked(isa, (rows, cols, k), |x| x);
                 checked(isa, (rows, cols, k), f16::from_f32);
                 checked(isa, (rows, cols, k), bf16::from_f32);
