@@ -45,6 +45,7 @@ use simd::Isa;
 
 use super::check::Checker;
 use super::{Backend, Batch, ForwardTime, FuseRow, Limits};
+use crate::config::LlamaConfig;
 use crate::ensemble::Ensemble;
 use crate::error::{Error, Result};
 use crate::fusion::{Decision, Logits};
@@ -129,8 +130,12 @@ impl CpuBackend {
         let pool = Pool::new(threads)?;
         let models = ensemble.models();
         let configs = || models.iter().map(|model| &*model.config);
-        let widest =
-            configs().map(|config| config.hidden_size.max(config.intermediate_size)).max().unwrap_or(1);
+        // What rows of weights may have.
+        let inputs = |config: &LlamaConfig| {
+            let queries = config.num_attention_heads * config.head_dim;
+            config.hidden_size.max(config.intermediate_size).max(queries)
+        };
+        let widest = configs().map(inputs).max().unwrap_or(1);
         let scratch = || {
             Mutex::new(Scratch {
                 tile: TileScratch::new(widest),

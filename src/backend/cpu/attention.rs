@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::cache::KvCache;
-use super::matrix::{Matrix, Shared};
+use super::matrix::{Aligned, Matrix, Shared};
 use super::pool::Pool;
 use super::rowwise::rotate;
 use super::simd::{Isa, Kernel, LANES, Simd, exp, padded};
@@ -81,9 +81,9 @@ pub(crate) struct Attention<'a> {
 /// What a thread needs for one tile.
 pub(crate) struct AttentionScratch {
     /// Rotated and scaled: `(queries, head_dim)`.
-    queries: Vec<f32>,
+    queries: Aligned,
     /// `(queries, CHUNK)`
-    scores: Vec<f32>,
+    scores: Aligned,
     /// The state of a chunk.
     part: State,
     /// The merged state of all chunks so far.
@@ -95,13 +95,17 @@ pub(crate) struct State {
     max: Vec<f32>,
     sum: Vec<f32>,
     /// `(queries, padded(head_dim))`
-    out: Vec<f32>,
+    out: Aligned,
 }
 
 impl State {
     /// For up to `queries` queries.
     fn new(queries: usize, head_dim: usize) -> Self {
-        Self { max: vec![0.0; queries], sum: vec![0.0; queries], out: vec![0.0; queries * padded(head_dim)] }
+        Self {
+            max: vec![0.0; queries],
+            sum: vec![0.0; queries],
+            out: Aligned::zeros(queries * padded(head_dim)),
+        }
     }
 
     /// The state before the first chunk.
@@ -119,8 +123,8 @@ impl AttentionScratch {
             (queries.max(Tile::most_rows(config) * group(config)), head_dim.max(config.head_dim))
         });
         Self {
-            queries: vec![0.0; queries * head_dim],
-            scores: vec![0.0; queries * CHUNK],
+            queries: Aligned::zeros(queries * head_dim),
+            scores: Aligned::zeros(queries * CHUNK),
             part: State::new(queries, head_dim),
             total: State::new(queries, head_dim),
         }
@@ -149,7 +153,7 @@ impl Attention<'_> {
         if spread && pool.threads() > 1 {
             return self.run_spread(pool, scratch, partials);
         }
-        // Later tiles of a prompt see more positions: the longest first.
+        // Later tiles of a prompt see more positions, and come first: the shortest are left for whoever is done.
         pool.run(items, |thread, index| {
             let (tile, head) = (&self.tiles[self.tiles.len() - 1 - index / heads], index % heads);
             let scratch = &mut super::lock(&scratch[thread]).attention;
@@ -448,7 +452,7 @@ fn add_values<S: Simd, const N: usize>(
     N
 }
 
-/// `D` vectors of [`add_values`], from column `d` on; returns how many columns that is.
+/// `D` registers of [`add_values`], from column `d` on; returns how many columns that is.
 #[inline(always)]
 fn add_columns<S: Simd, const N: usize, const D: usize>(
     simd: S,
@@ -462,12 +466,12 @@ fn add_columns<S: Simd, const N: usize, const D: usize>(
     let mut acc = [[simd.zero(); D]; N];
     for (i, acc) in acc.iter_mut().enumerate() {
         for (j, acc) in acc.iter_mut().enumerate() {
-            // SAFETY: `add_values` asserted the lengths, and d + D vectors is at most `width`.
+            // SAFETY: `add_values` asserted the lengths, and d + D registers is at most `width`.
             *acc = unsafe { simd.load_at(out.as_ptr().add(i * width + d + j * S::LANES)) };
         }
     }
     for position in 0..count {
-        // Three weights and one vector of values beside twelve accumulators fill the registers.
+        // Three weights and one register of values beside twelve accumulators fill sixteen registers.
         let mut weights = [simd.zero(); N];
         for (i, weight) in weights.iter_mut().enumerate() {
             // SAFETY: as above.

@@ -1,7 +1,7 @@
 //! Keys and values of one model: f32 in blocks of [`BLOCK_SIZE`] positions.
 //!
 //! A block of one layer and one head is its keys, transposed to `(head_dim, BLOCK_SIZE)` so that sixteen positions
-//! are two vectors and a score needs no sum over lanes, and its values, `(BLOCK_SIZE, head_dim)`. The memory is
+//! are a vector and a score needs no sum over lanes, and its values, `(BLOCK_SIZE, head_dim)`. The memory is
 //! mapped, so it costs nothing before it is written.
 
 use std::ops::Range;

@@ -25,12 +25,12 @@ const TALL_TILE_ROWS: usize = 6;
 /// products. More come from an L2, which tiles of eight weight rows read half as often.
 const TALL_ROWS: usize = 24;
 
-/// The activation rows from which 16-bit weights are converted once and then reused.
+/// The activation rows from which weights are copied as f32 once and then reused.
 pub(crate) fn convert_rows(isa: Isa) -> usize {
     if isa.has_many_registers() { TALL_ROWS + 1 } else { 8 }
 }
 
-/// Floats of a tile's weight rows and of its activation rows that stay in an L1 of 32 KiB.
+/// Floats of a tile's weight rows and of its activation rows that fill an L1 of 32 KiB.
 const BLOCK_FLOATS: usize = 8 << 10;
 
 /// How far ahead weights are asked for where they come from memory, in bytes, unless a tile is longer.
@@ -248,7 +248,7 @@ impl<E: Element> MatMul<'_, E> {
     }
 }
 
-/// Weight rows as f32, each followed by zeros up to whole vectors: for many activation rows the conversion is
+/// Weight rows as f32, each followed by zeros up to whole registers: for many activation rows the conversion is
 /// done once.
 pub(crate) struct Convert<'a, E> {
     /// `(rows, k)`, contiguous.
@@ -305,7 +305,7 @@ impl<'a> Numbers<'a> {
         }
     }
 
-    /// Converts rows of `k` numbers to f32, `stride` apart, each followed by zeros up to whole vectors.
+    /// Converts rows of `k` numbers to f32, `stride` apart, each followed by zeros up to whole registers.
     pub(crate) fn convert(self, isa: Isa, k: usize, to: &mut [f32], stride: usize) {
         match self {
             Self::F32(from) => isa.run(Convert { from, k, to, stride }),

@@ -1,8 +1,41 @@
 //! Activations: rows of f32, and how the tasks of a region share them.
 
 use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
 
-use super::simd::{LANES, padded};
+use bytemuck::{Pod, Zeroable};
+
+use super::simd::{LANES, Vector, padded};
+
+/// f32 from the start of a cache line on: no register lies in two.
+#[derive(Debug)]
+pub(crate) struct Aligned(Vec<Line>);
+
+/// A cache line.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C, align(64))]
+struct Line(Vector);
+
+impl Aligned {
+    /// At least `len` zeros, up to whole vectors.
+    pub(crate) fn zeros(len: usize) -> Self {
+        Self(vec![Line([0.0; LANES]); len.div_ceil(LANES)])
+    }
+}
+
+impl Deref for Aligned {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+impl DerefMut for Aligned {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        bytemuck::cast_slice_mut(&mut self.0)
+    }
+}
 
 /// The distance between rows of `cols` numbers that several rows are read of at once: whole vectors, and an odd number
 /// of them, so that rows don't meet in the same sets of a cache.
@@ -13,14 +46,14 @@ pub(crate) const fn stride(cols: usize) -> usize {
 /// Rows of f32, each followed by zeros up to whole vectors: kernels never need a tail in k.
 #[derive(Debug)]
 pub(crate) struct Matrix {
-    data: Vec<f32>,
+    data: Aligned,
     cols: usize,
 }
 
 impl Matrix {
     /// Zeros, `(rows, cols)`.
     pub(crate) fn new(rows: usize, cols: usize) -> Self {
-        Self { data: vec![0.0; rows * stride(cols)], cols }
+        Self { data: Aligned::zeros(rows * stride(cols)), cols }
     }
 
     /// Numbers in a row.

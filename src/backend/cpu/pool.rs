@@ -9,14 +9,14 @@ use std::any::Any;
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use super::lock;
 use crate::error::{Error, Result};
 
-/// How often a worker looks for work before it sleeps: some 50 µs.
+/// How often a worker looks for work before it sleeps: some 50 µs with two threads.
 const SPINS: u32 = 2_000;
 
 /// How often the caller looks for the end of a region before it offers its core to others: on a busy machine the
@@ -33,14 +33,14 @@ type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
 struct Part(AtomicU64);
 
 impl Part {
-    /// Opens the part. SeqCst, as the flags of sleepers.
+    /// Opens the part.
     fn open(&self, tasks: Range<usize>) {
-        self.0.store((tasks.start as u64) << 32 | tasks.end as u64, Ordering::SeqCst);
+        self.0.store((tasks.start as u64) << 32 | tasks.end as u64, Ordering::Release);
     }
 
-    /// Whether no task is unclaimed. SeqCst, as the flags of sleepers.
+    /// Whether no task is unclaimed.
     fn is_empty(&self) -> bool {
-        let tasks = self.0.load(Ordering::SeqCst);
+        let tasks = self.0.load(Ordering::Relaxed);
         tasks >> 32 == tasks & u64::from(u32::MAX)
     }
 
@@ -150,14 +150,15 @@ impl Pool {
         // SAFETY: the last region is over: no task of it is unclaimed or running, so nobody reads.
         unsafe { *shared.task.get() = Some(task) };
         shared.finished.store(0, Ordering::Relaxed);
-        // SeqCst here and at the flags: either a worker that is about to sleep sees the new tasks, or this
-        // thread sees its flag.
         let threads = shared.parts.len();
         for (i, part) in shared.parts.iter().enumerate() {
             part.open(i * tasks / threads..(i + 1) * tasks / threads);
         }
+        // Of this fence and that of a worker which is about to sleep one is first: either the worker sees the tasks, or
+        // this thread its flag.
+        fence(Ordering::SeqCst);
         for (asleep, worker) in shared.asleep.iter().zip(&self.workers) {
-            if asleep.load(Ordering::SeqCst) {
+            if asleep.load(Ordering::Relaxed) {
                 worker.thread().unpark();
             }
         }
@@ -215,11 +216,12 @@ impl Shared {
                 spins += 1;
                 std::hint::spin_loop();
             } else {
-                asleep.store(true, Ordering::SeqCst);
+                asleep.store(true, Ordering::Relaxed);
+                fence(Ordering::SeqCst);
                 if self.parts.iter().all(Part::is_empty) && !self.stop.load(Ordering::SeqCst) {
                     thread::park();
                 }
-                asleep.store(false, Ordering::SeqCst);
+                asleep.store(false, Ordering::Relaxed);
                 spins = 0;
             }
         }

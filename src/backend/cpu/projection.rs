@@ -8,7 +8,7 @@ use std::ops::Range;
 use arrayvec::ArrayVec;
 
 use super::matmul::{BLOCK_ROWS, MatMul, Numbers, convert_rows};
-use super::matrix::{Matrix, Shared, stride};
+use super::matrix::{Aligned, Matrix, Shared, stride};
 use super::pool::Pool;
 use super::rowwise::{AddScaled, SiluMul};
 use super::simd::{Isa, LANES, padded};
@@ -22,7 +22,7 @@ pub(crate) const MAX_GROUP: usize = MAX_EXPERTS + 1;
 /// Products of one region: q, k and v of every model.
 pub(crate) const MAX_PRODUCTS: usize = 3 * MAX_GROUP;
 
-/// Floats of converted weights and of a block of activations that stay in an L2 of 512 KiB beside each other.
+/// Floats of copied weights that stay in an L2 of 512 KiB while blocks of activations pass.
 const PANEL_FLOATS: usize = 40 << 10;
 
 /// Floats of a task's results before they are stored.
@@ -125,9 +125,9 @@ pub(crate) struct Region<'a> {
 /// What a thread needs to run a task.
 pub(crate) struct TileScratch {
     /// Converted weight rows, of the first and of the second matrix.
-    panels: [Vec<f32>; 2],
+    panels: [Aligned; 2],
     /// Results of the first matrix, of the second, and of a low-rank update.
-    tiles: [Vec<f32>; 3],
+    tiles: [Aligned; 3],
 }
 
 impl TileScratch {
@@ -135,8 +135,8 @@ impl TileScratch {
     pub(crate) fn new(k: usize) -> Self {
         let panel = PANEL_FLOATS.max(8 * stride(k));
         Self {
-            panels: [vec![0.0; panel], vec![0.0; panel]],
-            tiles: std::array::from_fn(|_| vec![0.0; TILE_FLOATS]),
+            panels: std::array::from_fn(|_| Aligned::zeros(panel)),
+            tiles: std::array::from_fn(|_| Aligned::zeros(TILE_FLOATS)),
         }
     }
 }
@@ -204,11 +204,9 @@ impl Region<'_> {
         let first = Panel::new(self.isa, product.first.weight, k, col..col + cols, convert, panel);
         let second =
             product.second.map(|w| (w, Panel::new(self.isa, w.weight, k, col..col + cols, convert, panel2)));
-        // A block of activations stays in L2 while all weight rows of the task pass over it.
-        let step = (PANEL_FLOATS / stride(k) / 6 * 6).clamp(6, BLOCK_ROWS);
         let mut row = first_row;
         while row < last_row {
-            let end = last_row.min(row + step);
+            let end = last_row.min(row + BLOCK_ROWS);
             self.block(&first, &product.first, row..end, col, cols, tile, low);
             if let Some((weight, second)) = &second {
                 self.block(second, weight, row..end, col, cols, tile2, low);
@@ -291,7 +289,8 @@ impl<'a> Panel<'a> {
         Self { w: Numbers::of(weight).part(rows.start * k..rows.end * k), stride: k, k }
     }
 
-    /// Rows of `weight`, converted into `scratch` where they are 16-bit and `convert` says that it pays.
+    /// Rows of `weight`, copied as f32 into `scratch` where `convert` says that it pays: 16-bit weights are converted
+    /// once, and rows lie where they don't meet in a cache.
     fn new(
         isa: Isa,
         weight: &'a Tensor,

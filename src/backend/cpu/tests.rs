@@ -122,10 +122,23 @@ fn converted_weights_give_the_same_bits() {
 
 /// A model of odd sizes.
 fn model(dtype: Dtype) -> LlamaModel {
-    let json = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 44,
+    model_of(ODD, dtype)
+}
+
+/// Sizes that no register divides.
+const ODD: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 44,
         "intermediate_size": 61, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
         "head_dim": 10, "vocab_size": 91, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": false}"#;
+
+/// Queries that are wider than everything else.
+const WIDE: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
+        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 42, "num_key_value_heads": 2,
+        "head_dim": 128, "vocab_size": 33, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": false}"#;
+
+/// A small model with random weights.
+fn model_of(json: &str, dtype: Dtype) -> LlamaModel {
     let config = Arc::new(LlamaConfig::from_json("config.json".as_ref(), json, None).unwrap());
     let weights = Arc::new(LlamaWeights::random(&config, dtype, 8));
     LlamaModel {
@@ -160,6 +173,39 @@ fn decode(dtype: Dtype, isa: Isa, poison: f32) -> Vec<Vec<f32>> {
         logits.push(backend.logits(0, 0).unwrap());
     }
     logits
+}
+
+#[test]
+fn every_number_of_rows_gives_the_same_bits() {
+    for (json, dtype) in [(ODD, Dtype::Bf16), (WIDE, Dtype::F32), (WIDE, Dtype::F16)] {
+        for isa in Isa::every() {
+            let ensemble = Arc::new(Ensemble::from_models(vec![model_of(json, dtype)]).unwrap());
+            let limits = Limits { rows: 60, slots: 60, blocks: 4 };
+            let mut backend = CpuBackend::with_isa(ensemble, CpuOptions { threads: 2, limits }, isa).unwrap();
+            let tables = [BlockTable { blocks: vec![3, 1, 0, 2] }];
+            let row = |position| Row {
+                model: 0,
+                table: 0,
+                position,
+                token: (position * 7 % 33) as u32,
+                slot: Some(position),
+            };
+            let mut run = |parts: &[usize]| {
+                let mut start = 0;
+                for part in parts {
+                    let rows: Vec<_> = (start..start + part).map(row).collect();
+                    backend.forward(&Batch { rows: &rows, tables: &tables }).unwrap();
+                    start += part;
+                }
+                (0..start).map(|slot| backend.logits(0, slot).unwrap()).collect::<Vec<_>>()
+            };
+            let alone = run(&[1; 60]);
+            // Tiles of each height, tall ones and others, one block of rows and more.
+            for parts in [&[2, 3, 4, 5, 6, 7, 8, 24][..], &[25, 9, 26], &[48, 12], &[60]] {
+                assert_eq!(run(parts)[..], alone[..parts.iter().sum()], "{isa:?} {dtype:?} {parts:?}");
+            }
+        }
+    }
 }
 
 #[test]

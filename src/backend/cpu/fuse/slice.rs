@@ -101,15 +101,16 @@ impl Source<'_> {
                 tops.finite &= self.masked || !copy.masked;
                 copy.tile()
             };
-            let mut top = |values| {
-                let (value, finite) = maximum(simd, values);
-                tops.finite &= finite;
-                Top { value, token: block.start as u32 }
-            };
-            tops.base = tops.base.or(top(tile.base));
-            tops.small = tops.small.max(top(tile.small).value);
+            let token = block.start as u32;
+            let (value, base_finite) = maximum(simd, tile.base);
+            tops.base = tops.base.or(Top { value, token });
+            let (value, small_finite) = maximum(simd, tile.small);
+            tops.small = tops.small.max(value);
+            tops.finite &= base_finite & small_finite;
             for (best, expert) in best.iter_mut().zip(&tile.experts) {
-                *best = best.or(top(expert));
+                let (value, finite) = maximum(simd, expert);
+                *best = best.or(Top { value, token });
+                tops.finite &= finite;
             }
         }
         tops.base = self.locate(self.models.base.1, tops.base);

@@ -28,6 +28,12 @@ impl Block {
         }
     }
 
+    /// Adds the block's tokens to `lane`.
+    #[inline(always)]
+    fn add<S: Simd>(&self, simd: S, lane: &mut Lane, alpha: f64) {
+        *lane = lane.merge(self.lane(simd, alpha));
+    }
+
     /// The lane of x = base + α·d.
     #[inline(always)]
     fn lane<S: Simd>(&self, simd: S, alpha: f64) -> Lane {
@@ -83,22 +89,21 @@ pub(super) fn search<S: Simd>(
     let mut buffer = Block { base: [0.0; BLOCK], d: [0.0; BLOCK], tokens: 0 };
     for start in range.clone().step_by(BLOCK) {
         let block = start..(start + BLOCK).min(range.end);
-        let add = |lane: &mut Lane, buffer: &Block, alpha: f64| *lane = lane.merge(buffer.lane(simd, alpha));
         buffer.fill(models, block.clone(), models.base.1, |_| 0.0);
-        add(&mut sums.base, &buffer, 0.0);
+        buffer.add(simd, &mut sums.base, 0.0);
         for (t, (small, expert)) in sums.targets.iter_mut().enumerate().filter(|_| sought.targets) {
             buffer.fill(models, block.clone(), models.small, |token| difference(t, token));
-            add(small, &buffer, 0.0);
-            add(expert, &buffer, 1.0);
+            buffer.add(simd, small, 0.0);
+            buffer.add(simd, expert, 1.0);
         }
         for (tilt, direction) in sought.tilts.iter().zip(&mut sums.directions) {
             buffer.fill(models, block.clone(), models.base.1, |token| {
                 let terms = tilt.direction.iter().enumerate().filter(|(_, c)| **c != 0.0);
                 terms.map(|(t, c)| c * difference(t, token)).sum()
             });
-            add(&mut direction.base, &buffer, 0.0);
+            buffer.add(simd, &mut direction.base, 0.0);
             for (k, lane) in direction.candidates.iter_mut().enumerate() {
-                add(lane, &buffer, tilt.ladder.alpha(k));
+                buffer.add(simd, lane, tilt.ladder.alpha(k));
             }
         }
     }
