@@ -166,6 +166,7 @@ fn sums_sequential<const K: usize>(f: &Factors<K>, c: &mut [[f64; 8]; 16]) {
 }
 
 /// `mma.sync` of a shape: the list holds D, A, B, C; `imm` the [`Shape`].
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "one handler for all shapes"))]
 pub fn multiply(shape: Shape) -> Handler {
     #[cfg(target_arch = "x86_64")]
     if let Some(handler) = avx512::multiply(shape).or_else(|| avx2::multiply(shape)) {
@@ -175,8 +176,11 @@ pub fn multiply(shape: Shape) -> Handler {
 }
 
 // Element types by number, for functions compiled for each.
+#[cfg(target_arch = "x86_64")]
 const F16: u8 = 0;
+#[cfg(target_arch = "x86_64")]
 const BF16: u8 = 1;
+#[cfg(target_arch = "x86_64")]
 const TF32: u8 = 2;
 
 /// The handler for all shapes.
