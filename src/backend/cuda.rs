@@ -133,9 +133,13 @@ impl CudaBackend {
             let roles = models.iter().enumerate();
             roles.filter(move |(_, model)| (model.role == Role::Large) == large).map(|(index, _)| index)
         };
-        let excess = |model: &Arc<LlamaModel>| Some(format!("{}: {}", model.role, excess(&model.config)?));
-        if let Some(reason) = models.iter().find_map(excess) {
-            return Err(Error::Device { requested: format!("cuda:{ordinal}"), reason });
+        let refused = |model: &Arc<LlamaModel>| {
+            let reason = format!("{}: {}", model.role, excess(&model.config)?);
+            let ordinal = if model.role == Role::Large { ordinal } else { small_ordinal };
+            Some(Error::Device { requested: format!("cuda:{ordinal}"), reason })
+        };
+        if let Some(error) = models.iter().find_map(refused) {
+            return Err(error);
         }
         let vocab_size = ensemble.vocab_size();
         let half = models.len() * limits.slots * stride(vocab_size);
