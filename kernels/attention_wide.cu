@@ -134,7 +134,7 @@ __device__ void attention_wide(const AttentionArgs& args) {
         await_copies<1>();
         __syncthreads();
         if (is_used) {
-            // Where some row doesn't see all positions, its weights are zeros, and a zero doesn't hide NaN and infinity:
+            // Where some row doesn't see all positions, its weights are zeros, and a zero doesn't hide what can't be split:
             // such a value counts as nothing, and makes NaN of the rows that see it.
             const bool is_edge = base + BLOCK_SIZE - 1 > least;
             u32 spoilt = 0;
@@ -150,8 +150,8 @@ __device__ void attention_wide(const AttentionArgs& args) {
                     const float* b = values + key * stride + column + g + 8 * n;
                     float b0 = b[0], b1 = b[stride];
                     if (is_edge) {
-                        if (!(fabsf(b0) < INFINITE)) b0 = 0, spoilt |= 1u << key;
-                        if (!(fabsf(b1) < INFINITE)) b1 = 0, spoilt |= 2u << key;
+                        if (!(fabsf(b0) <= LARGEST_SPLIT)) b0 = 0, spoilt |= 1u << key;
+                        if (!(fabsf(b1) <= LARGEST_SPLIT)) b1 = 0, spoilt |= 2u << key;
                     }
                     multiply(of_keys[j], a, b0, b1);
                 }

@@ -3,9 +3,13 @@
 
 #include "common.cuh"
 
+// The largest number that `split` can hold, 3.40199e38: of those above it the eleven bits are rounded to infinity, and the
+// rest is the opposite one, so that a product with zero is NaN.
+#define LARGEST_SPLIT __int_as_float(0x7f7fefff)
+
 // An f32 as the sum of two numbers of eleven bits, which is what mma reads of each. The first is rounded, so that the
-// sign of the second is one more bit: three numbers of four are whole, the others lack their last bit. What isn't finite
-// makes the second NaN.
+// sign of the second is one more bit: three numbers of four are whole, the others lack their last bit. What is larger than
+// LARGEST_SPLIT, or NaN, makes products NaN.
 __device__ inline void split(float x, u32& high, u32& low) {
     high = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
     low = __float_as_uint(x - __uint_as_float(high));

@@ -260,9 +260,12 @@ fn merge(bed: &Bed, case: Case) -> Found {
     })
 }
 
-/// One launch of `attention_wide_N`: the last rows of each sequence, in tiles. `spoilt`, a value at the last position of
-/// the first sequence is NaN, and so are the rows that see it, and no others.
-fn tiles(bed: &Bed, case: Case, spoilt: bool) -> Found {
+/// The largest number that two of eleven bits hold, as in tf32.cuh: the next one is rounded to infinity.
+const LARGEST_SPLIT: f32 = f32::from_bits(0x7f7f_efff);
+
+/// One launch of `attention_wide_N`: the last rows of each sequence, in tiles. `spoilt` is a value at the last position of
+/// the first sequence; where it can't be split, the rows that see it are NaN, and no others.
+fn tiles(bed: &Bed, case: Case, spoilt: Option<f32>) -> Found {
     let Case { heads, kv_heads, head_dim, lengths, sharpness } = case;
     let rng = &mut Rng((heads * 31 + head_dim) as u64);
     let (mut cache, query_stride) = (Cache::new(case, rng), stride(heads * head_dim));
@@ -270,9 +273,9 @@ fn tiles(bed: &Bed, case: Case, spoilt: bool) -> Found {
         // Equal weights of values of one sign: sums that only grow.
         cache.numbers.iter_mut().for_each(|number| *number = number.abs());
     }
-    if spoilt {
+    if let Some(spoilt) = spoilt {
         let at = cache.at(case, 0, lengths[0] - 1, kv_heads);
-        cache.numbers[at + head_dim / 2] = f32::NAN;
+        cache.numbers[at + head_dim / 2] = spoilt;
     }
     let (mut of_row, mut tile_first, mut tile_rows) = (Vec::new(), Vec::new(), Vec::new());
     for (sequence, &length) in lengths.iter().enumerate() {
@@ -322,7 +325,7 @@ fn tiles(bed: &Bed, case: Case, spoilt: bool) -> Found {
     };
     let expected: Vec<Vec<Near>> =
         (0..of_row.len() * heads).map(|at| row_and_head(at / heads, at % heads)).collect();
-    if spoilt {
+    if spoilt.is_some_and(|spoilt| spoilt.is_nan() || spoilt.abs() > LARGEST_SPLIT) {
         for (at, &x) in attended.numbers(bed)?.iter().enumerate() {
             let (row, at) = (at / query_stride, at % query_stride);
             let (head, (sequence, position)) = ((at / head_dim).min(heads - 1), of_row[row]);
@@ -464,8 +467,11 @@ fn tiles_against_a_plain_softmax() {
         Case { sharpness: 1.0, ..case(2, 1, 128, &[50, 16]) },
         case(1, 1, 256, &[31]),
     ] {
-        tiles(&bed, case, false).unwrap();
-        tiles(&bed, case, true).unwrap();
+        tiles(&bed, case, None).unwrap();
+        let next = f32::from_bits(LARGEST_SPLIT.to_bits() + 1);
+        for spoilt in [f32::NAN, f32::NEG_INFINITY, f32::MAX, -next, LARGEST_SPLIT] {
+            tiles(&bed, case, Some(spoilt)).unwrap_or_else(|what| panic!("{spoilt:e}: {what}"));
+        }
     }
     bed.assert_every(&["attention_wide"], |_| true);
 }
@@ -477,7 +483,7 @@ fn sums_of_values_do_not_drift_where_they_are_cut_off() {
     for mode in [Accumulate::Truncating, Accumulate::Sequential, Accumulate::Exact] {
         let bed = Bed::new();
         bed.device.accumulate(mode);
-        tiles(&bed, case, false).unwrap();
+        tiles(&bed, case, None).unwrap();
     }
 }
 
@@ -503,6 +509,6 @@ fn a_wrong_number_is_noticed() {
     const TILES: Case = Case { heads: 4, kv_heads: 2, head_dim: 24, lengths: &[40, 70, 20], sharpness: 0.1 };
     let of_tiles = [(96, "model_stride"), (104, "query_stride"), (108, "table_stride"), (116, "kv_heads")];
     for (at, name) in of_tiles.into_iter().chain([(120, "head_dim")]) {
-        assert_noticed("attention_wide_8", at, name, |bed| tiles(bed, TILES, false));
+        assert_noticed("attention_wide_8", at, name, |bed| tiles(bed, TILES, None));
     }
 }
