@@ -112,16 +112,17 @@ fn on_device(
     found
 }
 
-/// Prints what a backend's errors are, and gives their size beside the CPU's: the geometric mean over rows.
-fn summary(name: &str, errors: &Errors, of_cpu: &Errors) -> f64 {
+/// Prints what a backend's errors are, and gives their size beside those of `rounded`, which depend neither on the order of
+/// sums nor on the processor: the geometric mean over rows.
+fn summary(name: &str, errors: &Errors, rounded: &Errors) -> f64 {
     let mut worst: Vec<f64> = errors.iter().map(|row| row.1).collect();
     worst.sort_by(f64::total_cmp);
     let at = |share: f64| worst[((worst.len() - 1) as f64 * share) as usize];
-    let logs: f64 = errors.iter().zip(of_cpu).map(|(row, cpu)| (row.0 / cpu.0).ln()).sum();
+    let logs: f64 = errors.iter().zip(rounded).map(|(row, least)| (row.0 / least.0).ln()).sum();
     let beside = (logs / errors.len() as f64).exp();
     let over = worst.iter().filter(|&&worst| worst > 2e-5).count();
     println!(
-        "{name:>28}: {beside:.2} of the CPU's; largest of a row: median {:.1e}, 99 of 100 {:.1e}, worst {:.1e}, {over} of {} over 2e-5",
+        "{name:>28}: size {beside:.2}; largest of a row: median {:.1e}, 99 of 100 {:.1e}, worst {:.1e}, {over} of {} over 2e-5",
         at(0.5),
         at(0.99),
         at(1.0),
@@ -162,16 +163,20 @@ fn a_gpu_is_as_near_to_f64_as_the_cpu() {
         }
     }
     let [cpu, rounded, few, wide, truncating, sequential] = &all;
-    summary("CPU", cpu, cpu);
-    summary("f64, activations kept in f32", rounded, cpu);
-    let few = summary("16 rows", few, cpu);
-    let wide = summary("tensor cores", wide, cpu);
-    let truncating = summary("that cut sums off", truncating, cpu);
-    let sequential = summary("that round each product", sequential, cpu);
-    // A part of the errors is chance, which a mean over 800 rows leaves within a few hundredths: 0.82, 0.96, 1.02 and 0.96.
-    // With W cut to 22 bits and all products in one sum the last three were 1.52, 2.67 and 1.93.
-    assert!(few < 0.95, "{few}");
-    assert!(wide < 1.05, "{wide}");
-    assert!(truncating < 1.1, "{truncating}");
-    assert!(sequential < 1.1, "{sequential}");
+    summary("f64, activations kept in f32", rounded, rounded);
+    let cpu = summary("CPU", cpu, rounded);
+    let few = summary("16 rows", few, rounded);
+    let wide = summary("tensor cores", wide, rounded);
+    let truncating = summary("that cut sums off", truncating, rounded);
+    let sequential = summary("that round each product", sequential, rounded);
+    // A CPU's order of sums is that of its instructions: 4.32 was measured with AVX-512, 4.5 with AVX2. A GPU's is its kernels'
+    // alone: 3.71, 4.30, 4.60 and 4.30 on the virtual device, everywhere. Another order moves each by a few hundredths of
+    // itself, since a part of the errors is chance, and no bound allows more than 1.1 times the nearer CPU's, 4.75.
+    assert!(few < 3.9, "{few}");
+    assert!(wide < 4.5, "{wide}");
+    assert!(truncating < 4.75, "{truncating}");
+    assert!(sequential < 4.5, "{sequential}");
+    // With W cut to 22 bits and all products in one sum the last three were 6.8, 12.0 and 8.7: a CPU of whatever instructions
+    // that came so near to the first would have a fault of that kind.
+    assert!(cpu < 6.0, "{cpu}");
 }
