@@ -16,7 +16,7 @@ use std::thread::{self, JoinHandle};
 use super::lock;
 use crate::error::{Error, Result};
 
-/// How often a worker looks for work before it sleeps: some 50 µs with two threads.
+/// How often a worker looks for work before it sleeps: some 50 µs.
 const SPINS: u32 = 2_000;
 
 /// How often the caller looks for the end of a region before it offers its core to others: on a busy machine the
@@ -36,12 +36,6 @@ impl Part {
     /// Opens the part.
     fn open(&self, tasks: Range<usize>) {
         self.0.store((tasks.start as u64) << 32 | tasks.end as u64, Ordering::Release);
-    }
-
-    /// Whether no task is unclaimed.
-    fn is_empty(&self) -> bool {
-        let tasks = self.0.load(Ordering::Relaxed);
-        tasks >> 32 == tasks & u64::from(u32::MAX)
     }
 
     /// Claims the first task, or the last one.
@@ -67,6 +61,8 @@ impl Part {
 struct Shared {
     /// One for each thread.
     parts: Vec<Part>,
+    /// How many regions were opened: what idle workers look at. Written once their parts are open.
+    regions: AtomicUsize,
     /// Written by the caller while no task is unclaimed or running, read by whoever has claimed one.
     task: UnsafeCell<Option<*const Task<'static>>>,
     /// Tasks that are finished.
@@ -106,6 +102,7 @@ impl Pool {
         }
         let shared = Arc::new(Shared {
             parts: (0..threads).map(|_| Part::default()).collect(),
+            regions: AtomicUsize::new(0),
             task: UnsafeCell::new(None),
             finished: AtomicUsize::new(0),
             panic: Mutex::new(None),
@@ -154,7 +151,8 @@ impl Pool {
         for (i, part) in shared.parts.iter().enumerate() {
             part.open(i * tasks / threads..(i + 1) * tasks / threads);
         }
-        // Of this fence and that of a worker which is about to sleep one is first: either the worker sees the tasks, or
+        shared.regions.fetch_add(1, Ordering::Release);
+        // Of this fence and that of a worker which is about to sleep one is first: either the worker sees the region, or
         // this thread its flag.
         fence(Ordering::SeqCst);
         for (asleep, worker) in shared.asleep.iter().zip(&self.workers) {
@@ -208,17 +206,19 @@ impl Shared {
     /// The life of a worker.
     fn work(&self, thread: usize) {
         let Some(asleep) = self.asleep.get(thread - 1) else { return };
-        let mut spins = 0;
+        let (mut spins, mut seen) = (0, 0);
         while !self.stop.load(Ordering::Relaxed) {
-            if self.claim_and_run(thread) {
-                spins = 0;
+            let regions = self.regions.load(Ordering::Acquire);
+            if regions != seen {
+                (spins, seen) = (0, regions);
+                while self.claim_and_run(thread) {}
             } else if spins < SPINS {
                 spins += 1;
                 std::hint::spin_loop();
             } else {
                 asleep.store(true, Ordering::Relaxed);
                 fence(Ordering::SeqCst);
-                if self.parts.iter().all(Part::is_empty) && !self.stop.load(Ordering::SeqCst) {
+                if self.regions.load(Ordering::Relaxed) == seen && !self.stop.load(Ordering::SeqCst) {
                     thread::park();
                 }
                 asleep.store(false, Ordering::Relaxed);
