@@ -4,6 +4,26 @@
 //! at run time, and is the only place where code compiled for more than the baseline is entered. On one machine sums
 //! have one order whatever the size of a tile, so a number never depends on how the work was cut.
 
+/// An intrinsic without pointers.
+#[cfg(target_arch = "x86_64")]
+macro_rules! intrinsic {
+    ($e:expr) => {
+        // SAFETY: only a holder of the token gets here, and it exists only where the instructions do.
+        unsafe { $e }
+    };
+}
+
+/// Methods of [`Simd`] that are one intrinsic each.
+#[cfg(target_arch = "x86_64")]
+macro_rules! lanewise {
+    ($v:ty: $($name:ident($($operand:ident),+) = $intrinsic:ident,)+) => {$(
+        #[inline(always)]
+        fn $name(self, $($operand: $v),+) -> $v {
+            intrinsic!($intrinsic($($operand),+))
+        }
+    )+};
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]

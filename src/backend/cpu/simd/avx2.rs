@@ -30,14 +30,6 @@ impl Avx2 {
     }
 }
 
-/// An intrinsic without pointers.
-macro_rules! intrinsic {
-    ($e:expr) => {
-        // SAFETY: only a holder of the token gets here, and it exists only where the instructions do.
-        unsafe { $e }
-    };
-}
-
 /// ((v₀ + v₁) + (v₂ + v₃)) + ((v₄ + v₅) + (v₆ + v₇)) of each.
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -89,39 +81,14 @@ impl Simd for Avx2 {
         intrinsic!(_mm_prefetch::<_MM_HINT_NTA>(p.cast()))
     }
 
-    #[inline(always)]
-    fn add(self, a: __m256, b: __m256) -> __m256 {
-        intrinsic!(_mm256_add_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn sub(self, a: __m256, b: __m256) -> __m256 {
-        intrinsic!(_mm256_sub_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn mul(self, a: __m256, b: __m256) -> __m256 {
-        intrinsic!(_mm256_mul_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn div(self, a: __m256, b: __m256) -> __m256 {
-        intrinsic!(_mm256_div_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
-        intrinsic!(_mm256_fmadd_ps(a, b, c))
-    }
-
-    #[inline(always)]
-    fn max(self, a: __m256, b: __m256) -> __m256 {
-        intrinsic!(_mm256_max_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn min(self, a: __m256, b: __m256) -> __m256 {
-        intrinsic!(_mm256_min_ps(a, b))
+    lanewise! { __m256:
+        add(a, b) = _mm256_add_ps,
+        sub(a, b) = _mm256_sub_ps,
+        mul(a, b) = _mm256_mul_ps,
+        div(a, b) = _mm256_div_ps,
+        fma(a, b, c) = _mm256_fmadd_ps,
+        max(a, b) = _mm256_max_ps,
+        min(a, b) = _mm256_min_ps,
     }
 
     #[inline(always)]

@@ -31,14 +31,6 @@ impl Avx512 {
     }
 }
 
-/// An intrinsic without pointers.
-macro_rules! intrinsic {
-    ($e:expr) => {
-        // SAFETY: only a holder of the token gets here, and it exists only where the instructions do.
-        unsafe { $e }
-    };
-}
-
 /// The upper half added to the lower.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq")]
@@ -87,39 +79,14 @@ impl Simd for Avx512 {
         intrinsic!(_mm_prefetch::<_MM_HINT_NTA>(p.cast()))
     }
 
-    #[inline(always)]
-    fn add(self, a: __m512, b: __m512) -> __m512 {
-        intrinsic!(_mm512_add_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn sub(self, a: __m512, b: __m512) -> __m512 {
-        intrinsic!(_mm512_sub_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn mul(self, a: __m512, b: __m512) -> __m512 {
-        intrinsic!(_mm512_mul_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn div(self, a: __m512, b: __m512) -> __m512 {
-        intrinsic!(_mm512_div_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
-        intrinsic!(_mm512_fmadd_ps(a, b, c))
-    }
-
-    #[inline(always)]
-    fn max(self, a: __m512, b: __m512) -> __m512 {
-        intrinsic!(_mm512_max_ps(a, b))
-    }
-
-    #[inline(always)]
-    fn min(self, a: __m512, b: __m512) -> __m512 {
-        intrinsic!(_mm512_min_ps(a, b))
+    lanewise! { __m512:
+        add(a, b) = _mm512_add_ps,
+        sub(a, b) = _mm512_sub_ps,
+        mul(a, b) = _mm512_mul_ps,
+        div(a, b) = _mm512_div_ps,
+        fma(a, b, c) = _mm512_fmadd_ps,
+        max(a, b) = _mm512_max_ps,
+        min(a, b) = _mm512_min_ps,
     }
 
     #[inline(always)]
