@@ -22,6 +22,7 @@ mod forward;
 pub mod fuse;
 mod matmul;
 mod matrix;
+mod packed;
 mod pool;
 mod projection;
 mod rowwise;
@@ -37,10 +38,11 @@ use cache::{KvCache, Lazy};
 pub use caller::CpuFusion;
 #[cfg(feature = "cuda")]
 pub(crate) use caller::check_row;
-use forward::{Group, Machine};
+use forward::{Group, Machine, most_rows};
 use fuse::Fuser;
+use matrix::Aligned;
 use pool::Pool;
-use projection::TileScratch;
+use projection::{TileScratch, packed_floats};
 use simd::Isa;
 
 use super::check::Checker;
@@ -76,6 +78,8 @@ pub struct CpuBackend {
     isa: Isa,
     pool: Pool,
     scratch: Vec<Mutex<Scratch>>,
+    /// Activations in the layout of products of many rows.
+    packed: Aligned,
     fuser: Fuser,
     caches: Vec<KvCache>,
     /// `(models, slots, vocab_size)`
@@ -153,6 +157,7 @@ impl CpuBackend {
             limits,
             fuser: Fuser::with_isa(isa),
             scratch: (0..threads).map(|_| scratch()).collect(),
+            packed: Aligned::zeros(packed_floats(most_rows(limits.rows, models.len()), widest)),
             caches: configs().map(|config| KvCache::new(config, limits.blocks)).collect::<Result<_>>()?,
             logits: Lazy::new(&[models.len(), limits.slots, ensemble.vocab_size()], "logits")?,
             large: Group::new(&ensemble, of_role(true), limits.rows),
@@ -178,6 +183,7 @@ impl Backend for CpuBackend {
             pool: &mut self.pool,
             isa: self.isa,
             scratch: &self.scratch,
+            packed: &mut self.packed,
             caches: &mut self.caches,
             logits: self.logits.get_mut(),
             slots: self.limits.slots,

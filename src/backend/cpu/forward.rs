@@ -32,6 +32,11 @@ const MOST_ROWS: usize = 512;
 /// Rows of a task that does something to each row by itself.
 const ROWS_PER_TASK: usize = 8;
 
+/// Rows that `models` models of up to `rows` rows each run in one turn.
+pub(crate) fn most_rows(rows: usize, models: usize) -> usize {
+    MOST_ROWS.min(rows * models)
+}
+
 /// Models of one architecture, and their activations.
 pub(crate) struct Group {
     /// Indices into the ensemble.
@@ -61,6 +66,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) scratch: &'a [Mutex<Scratch>],
     /// One a model.
     pub(crate) caches: &'a mut [KvCache],
+    /// Activations as [`Region::run`] packs them.
+    pub(crate) packed: &'a mut [f32],
     /// `(models, slots, vocab_size)`
     pub(crate) logits: &'a mut [f32],
     /// Slots of each model.
@@ -116,7 +123,7 @@ impl Group {
     pub(crate) fn new(ensemble: &Ensemble, models: impl Iterator<Item = usize>, rows: usize) -> Option<Self> {
         let models: ArrayVec<usize, MAX_GROUP> = models.take(MAX_GROUP).collect();
         let config = Arc::clone(&ensemble.models().get(*models.first()?)?.config);
-        let rows = MOST_ROWS.min(rows * models.len());
+        let rows = most_rows(rows, models.len());
         let adapters = models.iter().filter_map(|&model| ensemble.models()[model].adapter.as_deref());
         let deltas =
             adapters.flat_map(|adapter| &adapter.layers).flat_map(|layer| layer.deltas.iter().flatten());
@@ -186,13 +193,8 @@ impl Group {
         for (i, row) in self.plan.rows.iter().enumerate() {
             let embedding = Numbers::of(&machine.ensemble.models()[row.model].weights.embed_tokens);
             let token = row.token as usize;
-            let to = &mut hidden.data_mut()[i * stride..(i + 1) * stride];
-            embedding.part(token * hidden_size..(token + 1) * hidden_size).convert(
-                isa,
-                hidden_size,
-                to,
-                stride,
-            );
+            let to = &mut hidden.data_mut()[i * stride..i * stride + hidden_size];
+            embedding.part(token * hidden_size..(token + 1) * hidden_size).convert(isa, to);
             let at = i * angles..i * angles + self.config.head_dim / 2;
             let mut ropes = self.models.iter().zip(&self.ropes);
             if let Some((_, rope)) = ropes.find(|(model, _)| **model == row.model) {
@@ -306,7 +308,7 @@ impl Group {
             out_stride: vocab_size,
             out_rows: Some(&plan.wanted_slots),
         };
-        region.run(machine.pool, machine.scratch);
+        region.run(machine.pool, machine.scratch, machine.packed);
     }
 
     /// normed = RMSNorm(hidden), with the weight that `weight` names.
@@ -342,7 +344,7 @@ impl Machine<'_> {
         let (isa, out_stride, out_rows) = (self.isa, out.stride(), None);
         let region =
             Region { isa, x, products, deltas, low_rank, epilogue, out: out.shared(), out_stride, out_rows };
-        region.run(self.pool, self.scratch);
+        region.run(self.pool, self.scratch, self.packed);
     }
 }
 

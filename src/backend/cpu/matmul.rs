@@ -6,6 +6,7 @@
 
 use half::{bf16, f16};
 
+use super::packed::{BLOCK_ROWS, Pack};
 use super::simd::{Element, Isa, Kernel, Simd, padded};
 
 /// Activation rows of a tile.
@@ -15,32 +16,14 @@ const TILE_ROWS: usize = 3;
 /// fill sixteen registers, and seven loads feed twelve multiplications.
 const TILE_COLS: usize = 4;
 
-/// As [`TILE_COLS`], where there are 32 registers: 28 are used, and eleven loads feed 24 multiplications.
-const WIDE_TILE_COLS: usize = 8;
-
-/// As [`TILE_ROWS`], where there are 32 registers and a tile has at most [`TILE_COLS`] weight rows.
+/// As [`TILE_ROWS`], where there are 32 registers: a 16-bit weight is converted for six products.
 const TALL_TILE_ROWS: usize = 6;
-
-/// Activation rows up to which tiles are tall: they stay in the caches, and tall tiles convert a 16-bit weight for six
-/// products. More come from an L2, which tiles of eight weight rows read half as often.
-const TALL_ROWS: usize = 24;
-
-/// The activation rows from which weights are copied as f32 once and then reused.
-pub(crate) fn convert_rows(isa: Isa) -> usize {
-    if isa.has_many_registers() { TALL_ROWS + 1 } else { 8 }
-}
-
-/// Floats of a tile's weight rows and of its activation rows that fill an L1 of 32 KiB.
-const BLOCK_FLOATS: usize = 8 << 10;
 
 /// How far ahead weights are asked for where they come from memory, in bytes, unless a tile is longer.
 pub(crate) const AHEAD: usize = 8 << 10;
 
 /// Bytes that memory delivers together.
-const CACHE_LINE: usize = 64;
-
-/// The most activation rows of one [`MatMul`].
-pub(crate) const BLOCK_ROWS: usize = 48;
+pub(crate) const CACHE_LINE: usize = 64;
 
 /// y\[r\]\[c\] = Σ_k x\[r\]\[k\] · w\[c\]\[k\]
 pub(crate) struct MatMul<'a, E> {
@@ -82,8 +65,6 @@ impl<E: Element> Kernel for MatMul<'_, E> {
         match (this.rows, size_of::<E>()) {
             (1, 4) => this.tiles::<S, 1>(simd),
             (1, _) => this.tiles::<S, 2>(simd),
-            (4..=TALL_ROWS, _) => this.tiles::<S, TILE_COLS>(simd),
-            _ if S::MANY_REGISTERS => this.tiles::<S, WIDE_TILE_COLS>(simd),
             _ => this.tiles::<S, TILE_COLS>(simd),
         }
     }
@@ -101,7 +82,6 @@ impl<E: Element> MatMul<'_, E> {
         while col < self.cols {
             col += match self.cols - col {
                 left if left >= N => self.columns::<S, N>(simd, col),
-                left if left >= TILE_COLS && N > TILE_COLS => self.columns::<S, TILE_COLS>(simd, col),
                 _ => self.columns::<S, 1>(simd, col),
             };
         }
@@ -110,57 +90,38 @@ impl<E: Element> MatMul<'_, E> {
     /// All rows of `N` columns from `col` on; returns `N`.
     #[inline(always)]
     fn columns<S: Simd, const N: usize>(&mut self, simd: S, col: usize) -> usize {
-        let tall = S::MANY_REGISTERS && N <= TILE_COLS;
-        let stream = self.rows <= if tall { TALL_ROWS } else { TILE_ROWS };
-        let blocks = (self.k * (N + TILE_ROWS)).div_ceil(BLOCK_FLOATS);
-        if blocks > 1 && !stream {
-            self.columns_blocked::<S, N>(simd, col, blocks);
-            return N;
-        }
-        let mut row = 0;
+        // The first tile reads its weights from memory, later ones from a cache.
+        let mut row = self.rows_from::<S, N, true>(simd, 0, col);
         while row < self.rows {
-            // Weights that serve few rows come from memory, not from a cache, when the first tile reads them.
-            row += match (self.rows - row, stream && row == 0) {
-                (1, true) => self.tile::<S, 1, N, true>(simd, row, col),
-                (2, true) => self.tile::<S, 2, N, true>(simd, row, col),
-                (4, true) if tall => self.tile::<S, 4, N, true>(simd, row, col),
-                (5, true) if tall => self.tile::<S, 5, N, true>(simd, row, col),
-                (TALL_TILE_ROWS.., true) if tall => self.tile::<S, TALL_TILE_ROWS, N, true>(simd, row, col),
-                (_, true) => self.tile::<S, TILE_ROWS, N, true>(simd, row, col),
-                (1, false) => self.tile::<S, 1, N, false>(simd, row, col),
-                (2, false) => self.tile::<S, 2, N, false>(simd, row, col),
-                (4, false) if tall => self.tile::<S, 4, N, false>(simd, row, col),
-                (5, false) if tall => self.tile::<S, 5, N, false>(simd, row, col),
-                (TALL_TILE_ROWS.., false) if tall => self.tile::<S, TALL_TILE_ROWS, N, false>(simd, row, col),
-                (_, false) => self.tile::<S, TILE_ROWS, N, false>(simd, row, col),
-            };
+            row += self.rows_from::<S, N, false>(simd, row, col);
         }
         N
     }
 
-    /// As [`columns`](Self::columns), in blocks of k: accumulators wait in memory between the blocks.
+    /// The highest tile of `N` columns that rows from `row` on fill; returns its rows.
     #[inline(always)]
-    fn columns_blocked<S: Simd, const N: usize>(&mut self, simd: S, col: usize, blocks: usize) {
-        let mut waiting = [[[simd.zero(); N]; TILE_ROWS]; BLOCK_ROWS.div_ceil(TILE_ROWS)];
-        let steps = self.k.div_ceil(S::LANES);
-        let block = steps.div_ceil(blocks);
-        for start in (0..steps).step_by(block) {
-            let end = steps.min(start + block);
-            for (row, acc) in (0..self.rows).step_by(TILE_ROWS).zip(&mut waiting) {
-                match self.rows - row {
-                    1 => self.accumulate::<S, 1, N, false>(simd, acc, row, col, start..end),
-                    2 => self.accumulate::<S, 2, N, false>(simd, acc, row, col, start..end),
-                    _ => self.accumulate::<S, TILE_ROWS, N, false>(simd, acc, row, col, start..end),
-                }
+    fn rows_from<S: Simd, const N: usize, const STREAM: bool>(
+        &mut self,
+        simd: S,
+        row: usize,
+        col: usize,
+    ) -> usize {
+        match self.rows - row {
+            1 => self.tile::<S, 1, N, STREAM>(simd, row, col),
+            2 => self.tile::<S, 2, N, STREAM>(simd, row, col),
+            4 if S::MANY_REGISTERS => self.tile::<S, 4, N, STREAM>(simd, row, col),
+            5 if S::MANY_REGISTERS => self.tile::<S, 5, N, STREAM>(simd, row, col),
+            TALL_TILE_ROWS.. if S::MANY_REGISTERS => {
+                self.tile::<S, TALL_TILE_ROWS, N, STREAM>(simd, row, col)
             }
-        }
-        for (row, acc) in (0..self.rows).step_by(TILE_ROWS).zip(&waiting) {
-            let rows = TILE_ROWS.min(self.rows - row);
-            self.finish(simd, &acc[..rows], row, col);
+            _ => self.tile::<S, TILE_ROWS, N, STREAM>(simd, row, col),
         }
     }
 
-    /// A tile of `M` rows and `N` columns from start to end; returns `M`.
+    /// A tile of `M` rows and `N` columns; returns `M`.
+    ///
+    /// With `STREAM`, the weights of a later tile are asked for in the order they lie in memory: a tile reads
+    /// short rows, several at once, which the hardware doesn't see coming.
     #[inline(always)]
     fn tile<S: Simd, const M: usize, const N: usize, const STREAM: bool>(
         &mut self,
@@ -169,34 +130,13 @@ impl<E: Element> MatMul<'_, E> {
         col: usize,
     ) -> usize {
         let mut acc = [[simd.zero(); N]; M];
-        self.accumulate::<S, M, N, STREAM>(simd, &mut acc, row, col, 0..self.k.div_ceil(S::LANES));
-        self.finish(simd, &acc, row, col);
-        M
-    }
-
-    /// acc += x wᵀ over `steps` of a register's k each, for the first `M` rows of `acc`.
-    ///
-    /// With `STREAM`, the weights of a later tile are asked for in the order they lie in memory: a tile reads
-    /// short rows, several at once, which the hardware doesn't see coming.
-    #[inline(always)]
-    fn accumulate<S: Simd, const M: usize, const N: usize, const STREAM: bool>(
-        &self,
-        simd: S,
-        waiting: &mut [[S::V; N]],
-        row: usize,
-        col: usize,
-        steps: std::ops::Range<usize>,
-    ) {
-        let mut acc = [[simd.zero(); N]; M];
-        acc.copy_from_slice(&waiting[..M]);
         // SAFETY: `run` asserted that `x` holds `rows` rows of whole vectors and `w` `cols` rows of k; row + M is
         // at most `rows` and col + N at most `cols`.
         let (x, w) =
             unsafe { (self.x.as_ptr().add(row * self.x_stride), self.w.as_ptr().add(col * self.w_stride)) };
         let ahead = AHEAD.max(N * self.w_stride * size_of::<E>());
-        let whole = steps.end.min(self.k / S::LANES);
-        let mut k = steps.start * S::LANES;
-        while k < whole * S::LANES {
+        let mut k = 0;
+        while k + S::LANES <= self.k {
             if STREAM {
                 let next = w.wrapping_add(N * k).cast::<u8>().wrapping_add(ahead);
                 for line in (0..N * S::LANES * size_of::<E>()).step_by(CACHE_LINE) {
@@ -217,7 +157,7 @@ impl<E: Element> MatMul<'_, E> {
             }
             k += S::LANES;
         }
-        if whole < steps.end {
+        if k < self.k {
             for j in 0..N {
                 let start = (col + j) * self.w_stride;
                 let w_row = E::load_padded(simd, &self.w[start + k..start + self.k]);
@@ -228,7 +168,8 @@ impl<E: Element> MatMul<'_, E> {
                 }
             }
         }
-        waiting[..M].copy_from_slice(&acc);
+        self.finish(simd, &acc, row, col);
+        M
     }
 
     /// Sums the lanes of a tile and stores it.
@@ -248,29 +189,20 @@ impl<E: Element> MatMul<'_, E> {
     }
 }
 
-/// Weight rows as f32, each followed by zeros up to whole registers: for many activation rows the conversion is
-/// done once.
-pub(crate) struct Convert<'a, E> {
-    /// `(rows, k)`, contiguous.
-    pub(crate) from: &'a [E],
-    /// Numbers in a row.
-    pub(crate) k: usize,
-    /// `(rows, k)`, rows `stride` apart.
-    pub(crate) to: &'a mut [f32],
-    /// At least `k` rounded up to whole vectors.
-    pub(crate) stride: usize,
+/// A row as f32.
+struct Convert<'a, E> {
+    from: &'a [E],
+    /// As many.
+    to: &'a mut [f32],
 }
 
 impl<E: Element> Kernel for Convert<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        for (from, to) in self.from.chunks_exact(self.k).zip(self.to.chunks_exact_mut(self.stride)) {
-            for (from, to) in from.chunks(S::LANES).zip(S::parts_mut(to.as_chunks_mut().0)) {
-                simd.prefetch(from.as_ptr().cast::<u8>().wrapping_add(AHEAD));
-                simd.store(to, E::load_padded(simd, from));
-            }
+    fn run<S: Simd>(self, _: S) {
+        for (to, &from) in self.to.iter_mut().zip(self.from) {
+            *to = from.get();
         }
     }
 }
@@ -305,12 +237,21 @@ impl<'a> Numbers<'a> {
         }
     }
 
-    /// Converts rows of `k` numbers to f32, `stride` apart, each followed by zeros up to whole registers.
-    pub(crate) fn convert(self, isa: Isa, k: usize, to: &mut [f32], stride: usize) {
+    /// The numbers as f32, into as many.
+    pub(crate) fn convert(self, isa: Isa, to: &mut [f32]) {
         match self {
-            Self::F32(from) => isa.run(Convert { from, k, to, stride }),
-            Self::F16(from) => isa.run(Convert { from, k, to, stride }),
-            Self::Bf16(from) => isa.run(Convert { from, k, to, stride }),
+            Self::F32(from) => isa.run(Convert { from, to }),
+            Self::F16(from) => isa.run(Convert { from, to }),
+            Self::Bf16(from) => isa.run(Convert { from, to }),
+        }
+    }
+
+    /// Packs rows of `k` numbers, contiguous, into [`packed_len`](super::packed::packed_len) floats.
+    pub(crate) fn pack(self, isa: Isa, rows: usize, k: usize, to: &mut [f32]) {
+        match self {
+            Self::F32(from) => isa.run(Pack { from, stride: k, rows, k, to }),
+            Self::F16(from) => isa.run(Pack { from, stride: k, rows, k, to }),
+            Self::Bf16(from) => isa.run(Pack { from, stride: k, rows, k, to }),
         }
     }
 

@@ -7,10 +7,11 @@ use std::ops::Range;
 
 use arrayvec::ArrayVec;
 
-use super::matmul::{BLOCK_ROWS, MatMul, Numbers, convert_rows};
-use super::matrix::{Aligned, Matrix, Shared, stride};
+use super::matmul::{MatMul, Numbers};
+use super::matrix::{Aligned, Matrix, Shared};
+use super::packed::{BLOCK_ROWS, PANEL_COLS, Pack, PackedMatMul, WAITING, packed_len};
 use super::pool::Pool;
-use super::rowwise::{AddScaled, SiluMul};
+use super::rowwise::{Add, AddScaled, SiluMul};
 use super::simd::{Isa, LANES, padded};
 use crate::adapter::{LoraDelta, Projection};
 use crate::model::MAX_EXPERTS;
@@ -22,8 +23,8 @@ pub(crate) const MAX_GROUP: usize = MAX_EXPERTS + 1;
 /// Products of one region: q, k and v of every model.
 pub(crate) const MAX_PRODUCTS: usize = 3 * MAX_GROUP;
 
-/// Floats of copied weights that stay in an L2 of 512 KiB while blocks of activations pass.
-const PANEL_FLOATS: usize = 40 << 10;
+/// The activation rows from which weights and activations are packed first: fewer don't pay for it.
+const PACKED_ROWS: usize = 40;
 
 /// Floats of a task's results before they are stored.
 const TILE_FLOATS: usize = 4096;
@@ -124,19 +125,21 @@ pub(crate) struct Region<'a> {
 
 /// What a thread needs to run a task.
 pub(crate) struct TileScratch {
-    /// Converted weight rows, of the first and of the second matrix.
+    /// Packed weight rows, of the first and of the second matrix.
     panels: [Aligned; 2],
     /// Results of the first matrix, of the second, and of a low-rank update.
     tiles: [Aligned; 3],
+    /// What [`PackedMatMul`] needs.
+    waiting: Aligned,
 }
 
 impl TileScratch {
     /// For sums of up to `k` terms.
     pub(crate) fn new(k: usize) -> Self {
-        let panel = PANEL_FLOATS.max(8 * stride(k));
         Self {
-            panels: std::array::from_fn(|_| Aligned::zeros(panel)),
+            panels: std::array::from_fn(|_| Aligned::zeros(packed_len(PANEL_COLS, k))),
             tiles: std::array::from_fn(|_| Aligned::zeros(TILE_FLOATS)),
+            waiting: Aligned::zeros(WAITING),
         }
     }
 }
@@ -147,112 +150,183 @@ struct Cut {
     cols: usize,
     rows: usize,
     tasks: usize,
+    /// Where its activations lie packed, for products of many rows.
+    packed: Option<usize>,
+}
+
+/// Activation rows that are packed: those of one product or more.
+type Spans = ArrayVec<(usize, usize), MAX_GROUP>;
+
+/// Floats of packed activations, for up to `rows` rows of up to `k` numbers.
+pub(crate) fn packed_floats(rows: usize, k: usize) -> usize {
+    if rows < PACKED_ROWS { 0 } else { packed_start(MAX_GROUP, rows, k) }
+}
+
+/// Where the `index`-th span, whose first row is `row`, lies packed: spans share no group.
+fn packed_start(index: usize, row: usize, k: usize) -> usize {
+    packed_len((row / LANES + index) * LANES, k)
 }
 
 impl Region<'_> {
-    /// Computes all products.
-    pub(crate) fn run(&self, pool: &mut Pool, scratch: &[std::sync::Mutex<super::Scratch>]) {
+    /// Computes all products. `packed` has [`packed_floats`] of all rows.
+    pub(crate) fn run(
+        &self,
+        pool: &mut Pool,
+        scratch: &[std::sync::Mutex<super::Scratch>],
+        packed: &mut [f32],
+    ) {
+        let spans = self.pack(pool, packed);
+        let packed = &*packed;
         let wanted = TASKS_PER_THREAD * pool.threads();
         let all_cols: usize = self.products.iter().map(|product| product.cols).sum();
         let cuts: ArrayVec<Cut, MAX_PRODUCTS> =
-            self.products.iter().map(|product| self.cut(product, all_cols, wanted)).collect();
+            self.products.iter().map(|product| self.cut(product, &spans, all_cols, wanted)).collect();
         let tasks = cuts.iter().map(|cut| cut.tasks).sum();
         pool.run(tasks, |thread, mut index| {
             for (product, cut) in self.products.iter().zip(&cuts) {
                 if index < cut.tasks {
                     let mut scratch = super::lock(&scratch[thread]);
-                    return self.task(&mut scratch.tile, product, cut, index);
+                    return self.task(&mut scratch.tile, product, cut, packed, index);
                 }
                 index -= cut.tasks;
             }
         });
     }
 
-    /// Cuts a product so that the region has about `wanted` tasks, and each fits the scratch memory.
-    fn cut(&self, product: &Product<'_>, all_cols: usize, wanted: usize) -> Cut {
-        let rows = product.rows.1 - product.rows.0;
-        let k = self.k(product);
-        let mut cols = all_cols.div_ceil(wanted).next_multiple_of(8).clamp(TASK_COLS.start, TASK_COLS.end);
-        let mut most_rows = rows;
-        cols = cols.min(TILE_FLOATS / rows.clamp(1, BLOCK_ROWS) / LANES * LANES);
-        if rows >= convert_rows(self.isa) {
-            let matrices = 1 + usize::from(product.second.is_some());
-            let fit = PANEL_FLOATS / matrices / stride(k);
-            cols = cols.min((fit - fit % 8).max(8));
-            // Few columns and many threads: cut the rows, too, but never below what pays for a conversion.
-            let columns = product.cols.div_ceil(cols);
-            most_rows = rows.div_ceil((wanted / 2).div_ceil(columns)).next_multiple_of(BLOCK_ROWS);
+    /// Packs the activations that many rows of a product share weights with.
+    fn pack(&self, pool: &mut Pool, packed: &mut [f32]) -> Spans {
+        let mut spans = Spans::new();
+        for product in self.products {
+            if product.rows.1 - product.rows.0 >= PACKED_ROWS && !spans.contains(&product.rows) {
+                spans.push(product.rows);
+            }
         }
-        Cut { cols, rows: most_rows, tasks: product.cols.div_ceil(cols) * rows.div_ceil(most_rows.max(1)) }
+        let groups = |(start, end): (usize, usize)| (end - start).div_ceil(LANES);
+        let (packed, k) = (Shared::new(packed), self.x.cols());
+        pool.run(spans.iter().copied().map(groups).sum(), |_, mut index| {
+            for (i, &span) in spans.iter().enumerate() {
+                if index < groups(span) {
+                    let (first, len) = (span.0 + index * LANES, packed_len(LANES, k));
+                    // SAFETY: a group belongs to one task.
+                    let to = unsafe { packed.part(packed_start(i, span.0, k) + index * len, len) };
+                    let (stride, rows) = (self.x.stride(), LANES.min(span.1 - first));
+                    return self.isa.run(Pack {
+                        from: &self.x.data()[first * stride..],
+                        stride,
+                        rows,
+                        k,
+                        to,
+                    });
+                }
+                index -= groups(span);
+            }
+        });
+        spans
     }
 
-    /// The terms of a product's sums.
-    fn k(&self, product: &Product<'_>) -> usize {
-        product.first.weight.shape().last().copied().unwrap_or(1)
+    /// Cuts a product so that the region has about `wanted` tasks, and each fits the scratch memory.
+    fn cut(&self, product: &Product<'_>, spans: &Spans, all_cols: usize, wanted: usize) -> Cut {
+        let rows = product.rows.1 - product.rows.0;
+        let span = spans.iter().position(|span| *span == product.rows);
+        let packed = span.map(|index| packed_start(index, product.rows.0, self.x.cols()));
+        let (mut cols, mut most_rows) = (PANEL_COLS, rows);
+        if packed.is_some() {
+            // Few columns and many threads: cut the rows, too, but never below what pays for packing.
+            let columns = product.cols.div_ceil(cols).max(1);
+            most_rows = rows.div_ceil((wanted / 4).div_ceil(columns)).next_multiple_of(BLOCK_ROWS);
+        } else {
+            cols = all_cols.div_ceil(wanted).next_multiple_of(8).clamp(TASK_COLS.start, TASK_COLS.end);
+            cols = cols.min(TILE_FLOATS / rows.max(1) / LANES * LANES);
+        }
+        let tasks = product.cols.div_ceil(cols) * rows.div_ceil(most_rows.max(1));
+        Cut { cols, rows: most_rows, tasks, packed }
     }
 
     /// Computes part `index` of `product`.
-    fn task(&self, scratch: &mut TileScratch, product: &Product<'_>, cut: &Cut, index: usize) {
+    fn task(
+        &self,
+        scratch: &mut TileScratch,
+        product: &Product<'_>,
+        cut: &Cut,
+        packed: &[f32],
+        index: usize,
+    ) {
         let columns = product.cols.div_ceil(cut.cols);
         let col = index % columns * cut.cols;
-        let cols = cut.cols.min(product.cols - col);
+        let cols = col..product.cols.min(col + cut.cols);
         let first_row = product.rows.0 + index / columns * cut.rows;
         let last_row = product.rows.1.min(first_row + cut.rows);
-        let k = self.k(product);
-        let TileScratch { panels: [panel, panel2], tiles: [tile, tile2, low] } = scratch;
-        let convert = last_row - first_row >= convert_rows(self.isa);
-        let first = Panel::new(self.isa, product.first.weight, k, col..col + cols, convert, panel);
-        let second =
-            product.second.map(|w| (w, Panel::new(self.isa, w.weight, k, col..col + cols, convert, panel2)));
+        let TileScratch { panels: [panel, panel2], tiles: [tile, tile2, low], waiting } = scratch;
+        let x = cut.packed.map(|start| (&packed[start..], product.rows.0));
+        let first = self.panel(product.first, x, cols.clone(), panel);
+        let second = product.second.map(|weight| self.panel(weight, x, cols.clone(), panel2));
         let mut row = first_row;
         while row < last_row {
-            let end = last_row.min(row + BLOCK_ROWS);
-            self.block(&first, &product.first, row..end, col, cols, tile, low);
-            if let Some((weight, second)) = &second {
-                self.block(second, weight, row..end, col, cols, tile2, low);
+            let rows = row..last_row.min(row + BLOCK_ROWS);
+            self.block(&first, rows.clone(), tile, low, waiting);
+            if let Some(second) = &second {
+                self.block(second, rows.clone(), tile2, low, waiting);
             }
-            self.store(row..end, product.column + col, cols, tile, tile2);
-            row = end;
+            row = rows.end;
+            self.store(rows, product.column + col, cols.len(), tile, tile2);
         }
     }
 
-    /// x Wᵀ + b and the low-rank updates, into `tile`.
-    #[allow(clippy::too_many_arguments, reason = "a rectangle, its operands and its scratch")]
+    /// The weight rows `cols`, packed into `scratch` where the activations are.
+    fn panel<'p>(
+        &self,
+        weight: Weight<'p>,
+        x: Option<(&'p [f32], usize)>,
+        cols: Range<usize>,
+        scratch: &'p mut [f32],
+    ) -> Panel<'p> {
+        let k = self.x.cols();
+        let stored = stored(weight.weight, k, cols.clone());
+        let operands = x.map_or(Operands::Stored(stored), |(x, first_row)| {
+            stored.pack(self.isa, cols.len(), k, scratch);
+            Operands::Packed { x, first_row, w: scratch }
+        });
+        Panel { weight, cols, operands }
+    }
+
+    /// x Wᵀ + b and the low-rank updates of up to [`BLOCK_ROWS`] rows, into `tile`.
     fn block(
         &self,
         panel: &Panel<'_>,
-        weight: &Weight<'_>,
         rows: Range<usize>,
-        col: usize,
-        cols: usize,
         tile: &mut [f32],
         low: &mut [f32],
+        waiting: &mut [f32],
     ) {
-        let stride = padded(cols);
-        panel.multiply(self.isa, self.x, 0, rows.clone(), cols, tile);
-        if let Some(bias) = weight.bias.map(Numbers::of) {
+        let (isa, k, cols) = (self.isa, self.x.cols(), panel.cols.clone());
+        match panel.operands {
+            Operands::Stored(w) => multiply(isa, self.x, 0..k, rows.clone(), w, cols.len(), tile),
+            Operands::Packed { x, first_row, w } => {
+                let x = &x[packed_len(rows.start - first_row, k)..];
+                let (rows, cols) = (rows.len(), cols.len());
+                isa.run(PackedMatMul { x, rows, w, cols, k, y: &mut *tile, waiting });
+            }
+        }
+        let stride = padded(cols.len());
+        if let Some(bias) = panel.weight.bias.map(Numbers::of) {
             for y in tile.chunks_mut(stride).take(rows.len()) {
-                for (i, y) in y[..cols].iter_mut().enumerate() {
-                    *y += bias.get(col + i);
+                for (y, col) in y.iter_mut().zip(cols.clone()) {
+                    *y += bias.get(col);
                 }
             }
         }
-        let Some(projection) = weight.projection else { return };
+        let Some(projection) = panel.weight.projection else { return };
         for delta in self.deltas.iter().filter(|delta| delta.projection == projection) {
             let updated = rows.start.max(delta.rows.0)..rows.end.min(delta.rows.1);
             if updated.is_empty() {
                 continue;
             }
             let r = delta.delta.b.shape().last().copied().unwrap_or(1);
-            let panel = Panel::stored(&delta.delta.b, r, col..col + cols);
-            panel.multiply(self.isa, self.low_rank, delta.column, updated.clone(), cols, low);
-            let start = (updated.start - rows.start) * stride;
-            let len = updated.len() * stride;
-            self.isa.run(AddScaled {
-                y: &mut tile[start..start + len],
-                x: &low[..len],
-                scale: delta.delta.scale,
-            });
+            let (start, len) = ((updated.start - rows.start) * stride, updated.len() * stride);
+            let terms = delta.column..delta.column + r;
+            let b = stored(&delta.delta.b, r, cols.clone());
+            multiply(isa, self.low_rank, terms, updated, b, cols.len(), low);
+            isa.run(AddScaled { y: &mut tile[start..start + len], x: &low[..len], scale: delta.delta.scale });
         }
     }
 
@@ -266,7 +340,7 @@ impl Region<'_> {
             let y = &mut tile[i * stride..(i + 1) * stride];
             match self.epilogue {
                 Epilogue::Store => out.copy_from_slice(&y[..cols]),
-                Epilogue::Add => out.iter_mut().zip(&*y).for_each(|(out, y)| *out += y),
+                Epilogue::Add => self.isa.run(Add { y: out, x: y }),
                 Epilogue::SiluMul => {
                     self.isa.run(SiluMul { gate: &mut *y, up: &tile2[i * stride..(i + 1) * stride] });
                     out.copy_from_slice(&y[..cols]);
@@ -278,47 +352,41 @@ impl Region<'_> {
 
 /// Weight rows as a task reads them.
 struct Panel<'a> {
-    w: Numbers<'a>,
-    stride: usize,
-    k: usize,
+    weight: Weight<'a>,
+    cols: Range<usize>,
+    operands: Operands<'a>,
 }
 
-impl<'a> Panel<'a> {
-    /// Rows of `weight` as stored.
-    fn stored(weight: &'a Tensor, k: usize, rows: Range<usize>) -> Self {
-        Self { w: Numbers::of(weight).part(rows.start * k..rows.end * k), stride: k, k }
-    }
+/// What is multiplied.
+enum Operands<'a> {
+    /// The region's activations, with weights as stored.
+    Stored(Numbers<'a>),
+    /// Packed activations from row `first_row` on, with packed weights.
+    Packed { x: &'a [f32], first_row: usize, w: &'a [f32] },
+}
 
-    /// Rows of `weight`, copied as f32 into `scratch` where `convert` says that it pays: 16-bit weights are converted
-    /// once, and rows lie where they don't meet in a cache.
-    fn new(
-        isa: Isa,
-        weight: &'a Tensor,
-        k: usize,
-        rows: Range<usize>,
-        convert: bool,
-        scratch: &'a mut [f32],
-    ) -> Self {
-        let count = rows.len();
-        let stored = Self::stored(weight, k, rows);
-        if !convert {
-            return stored;
-        }
-        let stride = stride(k);
-        let panel = &mut scratch[..count * stride];
-        stored.w.convert(isa, k, panel, stride);
-        Self { w: Numbers::F32(panel), stride, k }
-    }
+/// Rows of `k` weights as stored.
+fn stored(weight: &Tensor, k: usize, rows: Range<usize>) -> Numbers<'_> {
+    Numbers::of(weight).part(rows.start * k..rows.end * k)
+}
 
-    /// The products of `rows` of `x`, whose terms start at `column`, with `cols` weight rows.
-    fn multiply(&self, isa: Isa, x: &Matrix, column: usize, rows: Range<usize>, cols: usize, y: &mut [f32]) {
-        let (x_stride, count, y_stride) = (x.stride(), rows.len(), padded(cols));
-        let x = &x.data()[rows.start * x_stride + column..];
-        let (k, w_stride, rows) = (self.k, self.stride, count);
-        match self.w {
-            Numbers::F32(w) => isa.run(MatMul { x, x_stride, rows, w, w_stride, k, cols, y, y_stride }),
-            Numbers::F16(w) => isa.run(MatMul { x, x_stride, rows, w, w_stride, k, cols, y, y_stride }),
-            Numbers::Bf16(w) => isa.run(MatMul { x, x_stride, rows, w, w_stride, k, cols, y, y_stride }),
-        }
+/// The products of the numbers `terms` of each of `rows` of `x` with `cols` weight rows of as many, into rows of
+/// `padded(cols)`.
+fn multiply(
+    isa: Isa,
+    x: &Matrix,
+    terms: Range<usize>,
+    rows: Range<usize>,
+    w: Numbers<'_>,
+    cols: usize,
+    y: &mut [f32],
+) {
+    let (x_stride, w_stride, y_stride) = (x.stride(), terms.len(), padded(cols));
+    let x = &x.data()[rows.start * x_stride + terms.start..];
+    let (k, rows) = (terms.len(), rows.len());
+    match w {
+        Numbers::F32(w) => isa.run(MatMul { x, x_stride, rows, w, w_stride, k, cols, y, y_stride }),
+        Numbers::F16(w) => isa.run(MatMul { x, x_stride, rows, w, w_stride, k, cols, y, y_stride }),
+        Numbers::Bf16(w) => isa.run(MatMul { x, x_stride, rows, w, w_stride, k, cols, y, y_stride }),
     }
 }

@@ -57,6 +57,23 @@ impl Kernel for SiluMul<'_> {
     }
 }
 
+/// y ← y + x, of any length.
+pub(crate) struct Add<'a> {
+    /// y
+    pub(crate) y: &'a mut [f32],
+    /// At least as many numbers.
+    pub(crate) x: &'a [f32],
+}
+
+impl Kernel for Add<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        self.y.iter_mut().zip(self.x).for_each(|(y, x)| *y += x);
+    }
+}
+
 /// y ← y + scale · x
 pub(crate) struct AddScaled<'a> {
     /// Whole vectors.

@@ -111,6 +111,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn scale_by_power(self, a: Self::V, n: Self::V) -> Self::V;
     /// Eight lanes; of sixteen, each of the upper half is added to its counterpart in the lower.
     fn fold(self, v: Self::V) -> [f32; 8];
+    /// The first `LANES` registers as a square matrix, transposed.
+    fn transpose(self, square: [Self::V; LANES]) -> [Self::V; LANES];
     /// [`sum`](Self::sum) of four registers.
     fn sum4(self, v: [Self::V; 4]) -> [f32; 4];
 
@@ -296,17 +298,6 @@ impl Isa {
     /// The best one that this machine has.
     pub(crate) fn detect() -> Self {
         Self::every().next_back().unwrap_or(Self::Portable)
-    }
-
-    /// [`Simd::MANY_REGISTERS`].
-    pub(crate) fn has_many_registers(self) -> bool {
-        match self {
-            Self::Portable => Portable::MANY_REGISTERS,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2(_) => Avx2::MANY_REGISTERS,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512(_) => Avx512::MANY_REGISTERS,
-        }
     }
 
     /// The name.

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
-use super::matmul::{BLOCK_ROWS, Convert, MatMul};
-use super::matrix::stride;
+use super::matmul::MatMul;
+use super::matrix::{Aligned, stride};
+use super::packed::{BLOCK_ROWS, Pack, PackedMatMul, WAITING, packed_len};
 use super::simd::{Element, Isa, padded};
 use super::*;
 use crate::backend::{Backend, Choice, Row};
@@ -94,28 +95,58 @@ fn products_are_within_the_bound_of_f64() {
     }
 }
 
+/// Packs rows that lie `stride` apart, among NaN.
+fn packed<E: Element>(isa: Isa, from: &[E], stride: usize, rows: usize, k: usize) -> Aligned {
+    let len = packed_len(rows, k);
+    let mut to = Aligned::zeros(len + 1);
+    to.fill(f32::NAN);
+    isa.run(Pack { from, stride, rows, k, to: &mut to[..len] });
+    assert!(to[len..].iter().all(|guard| guard.is_nan()));
+    to
+}
+
 #[test]
-fn converted_weights_give_the_same_bits() {
-    let (rows, cols, k) = (13, 23, 1083);
+fn packed_products_have_the_bits_of_those_of_one_row() {
     for isa in Isa::every() {
-        let mut next = noise(3);
-        let x: Vec<f32> =
-            (0..rows * padded(k)).map(|i| if i % padded(k) < k { next() } else { 0.0 }).collect();
-        let w: Vec<bf16> = (0..cols * k).map(|_| bf16::from_f32(next())).collect();
-        let w_stride = stride(k);
-        let mut panel = vec![f32::NAN; cols * w_stride];
-        isa.run(Convert { from: &w, k, to: &mut panel, stride: w_stride });
-        let (mut stored, mut converted, mut alone) =
-            (vec![0.0; rows * cols], vec![0.0; rows * cols], vec![0.0; cols]);
-        let (x_stride, y_stride) = (padded(k), cols);
-        isa.run(MatMul { x: &x, x_stride, rows, w: &w, w_stride: k, k, cols, y: &mut stored, y_stride });
-        isa.run(MatMul { x: &x, x_stride, rows, w: &panel, w_stride, k, cols, y: &mut converted, y_stride });
-        assert_eq!(stored, converted);
-        // One row alone takes no tile of three, and no blocks of k.
-        for row in 0..rows {
-            let x = &x[row * x_stride..];
-            isa.run(MatMul { x, x_stride, rows: 1, w: &w, w_stride: k, k, cols, y: &mut alone, y_stride });
-            assert_eq!(alone, stored[row * cols..(row + 1) * cols]);
+        for k in [1, 7, 16, 17, 173, 1083] {
+            for (rows, cols) in [(1, 1), (5, 16), (8, 33), (13, 48), (16, 23), (25, 97), (BLOCK_ROWS, 64)] {
+                let mut next = noise((rows * 100 + cols) as u64 * 10_000 + k as u64);
+                let x_stride = stride(k);
+                let mut x = vec![0.0; rows * x_stride];
+                x.chunks_mut(x_stride).for_each(|row| row[..k].fill_with(&mut next));
+                let w: Vec<bf16> = (0..cols * k).map(|_| bf16::from_f32(next())).collect();
+                let packed_x = packed(isa, &x, x_stride, rows, k);
+                let packed_w = packed(isa, &w, k, cols, k);
+                let y_stride = padded(cols);
+                let mut y = vec![GUARD; rows * y_stride + 1];
+                let mut waiting = vec![f32::NAN; WAITING];
+                isa.run(PackedMatMul {
+                    x: &packed_x,
+                    rows,
+                    w: &packed_w,
+                    cols,
+                    k,
+                    y: &mut y,
+                    waiting: &mut waiting,
+                });
+                assert_eq!(y[rows * y_stride], GUARD);
+                let mut alone = vec![0.0; cols];
+                for (row, y) in y.chunks_exact(y_stride).enumerate() {
+                    let (x, y_stride) = (&x[row * x_stride..], cols);
+                    isa.run(MatMul {
+                        x,
+                        x_stride,
+                        rows: 1,
+                        w: &w,
+                        w_stride: k,
+                        k,
+                        cols,
+                        y: &mut alone,
+                        y_stride,
+                    });
+                    assert_eq!(alone, y[..cols], "{isa:?} {rows}x{cols}x{k} row {row}");
+                }
+            }
         }
     }
 }
@@ -203,8 +234,8 @@ fn every_number_of_rows_gives_the_same_bits() {
                 (0..start).map(|slot| backend.logits(0, slot).unwrap()).collect::<Vec<_>>()
             };
             let alone = run(&[1; 60]);
-            // Tiles of each height, tall ones and others, one block of rows and more.
-            for parts in [&[2, 3, 4, 5, 6, 7, 8, 24][..], &[25, 9, 26], &[48, 12], &[60]] {
+            // Tiles of each height, tall ones and others; packed, one block of rows and more.
+            for parts in [&[2, 3, 4, 5, 6, 7, 8, 24][..], &[39, 9, 12], &[40, 20], &[48, 12], &[60]] {
                 assert_eq!(run(parts)[..], alone[..parts.iter().sum()], "{isa:?} {dtype:?} {parts:?}");
             }
         }

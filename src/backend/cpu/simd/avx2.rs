@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Kernel, Simd};
+use super::{Kernel, LANES, Simd};
 
 /// The proof that this machine has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +108,26 @@ impl Simd for Avx2 {
     fn fold(self, v: __m256) -> [f32; 8] {
         // SAFETY: both are 32 bytes, and every bit pattern is an f32.
         unsafe { std::mem::transmute(v) }
+    }
+
+    #[inline(always)]
+    fn transpose(self, mut square: [__m256; LANES]) -> [__m256; LANES] {
+        // Each 128-bit half: squares of four lanes.
+        for i in [0, 4] {
+            let [a, b, c, d] = [square[i], square[i + 1], square[i + 2], square[i + 3]];
+            let (ab, cd) = intrinsic!((_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d)));
+            let (ab_high, cd_high) = intrinsic!((_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d)));
+            square[i] = intrinsic!(_mm256_shuffle_ps::<0x44>(ab, cd));
+            square[i + 1] = intrinsic!(_mm256_shuffle_ps::<0xee>(ab, cd));
+            square[i + 2] = intrinsic!(_mm256_shuffle_ps::<0x44>(ab_high, cd_high));
+            square[i + 3] = intrinsic!(_mm256_shuffle_ps::<0xee>(ab_high, cd_high));
+        }
+        for i in 0..4 {
+            let (a, b) = (square[i], square[i + 4]);
+            square[i] = intrinsic!(_mm256_permute2f128_ps::<0x20>(a, b));
+            square[i + 4] = intrinsic!(_mm256_permute2f128_ps::<0x31>(a, b));
+        }
+        square
     }
 
     #[inline(always)]

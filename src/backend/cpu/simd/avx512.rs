@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{Kernel, Simd, avx2};
+use super::{Kernel, LANES, Simd, avx2};
 
 /// The proof that this machine has AVX-512 F, BW, DQ and VL, and what [`Avx2`](super::Avx2) needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,6 +106,33 @@ impl Simd for Avx512 {
     fn fold(self, v: __m512) -> [f32; 8] {
         // SAFETY: the token; both are 32 bytes, and every bit pattern is an f32.
         unsafe { std::mem::transmute(folded(v)) }
+    }
+
+    #[inline(always)]
+    fn transpose(self, mut square: [__m512; LANES]) -> [__m512; LANES] {
+        // Each 128-bit part: squares of four lanes.
+        for i in [0, 4, 8, 12] {
+            let [a, b, c, d] = [square[i], square[i + 1], square[i + 2], square[i + 3]];
+            let (ab, cd) = intrinsic!((_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d)));
+            let (ab_high, cd_high) = intrinsic!((_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d)));
+            square[i] = intrinsic!(_mm512_shuffle_ps::<0x44>(ab, cd));
+            square[i + 1] = intrinsic!(_mm512_shuffle_ps::<0xee>(ab, cd));
+            square[i + 2] = intrinsic!(_mm512_shuffle_ps::<0x44>(ab_high, cd_high));
+            square[i + 3] = intrinsic!(_mm512_shuffle_ps::<0xee>(ab_high, cd_high));
+        }
+        // The square of four such parts.
+        for i in 0..4 {
+            let [a, b, c, d] = [square[i], square[i + 4], square[i + 8], square[i + 12]];
+            let (ab, cd) =
+                intrinsic!((_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d)));
+            let (ab_odd, cd_odd) =
+                intrinsic!((_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d)));
+            square[i] = intrinsic!(_mm512_shuffle_f32x4::<0x88>(ab, cd));
+            square[i + 4] = intrinsic!(_mm512_shuffle_f32x4::<0x88>(ab_odd, cd_odd));
+            square[i + 8] = intrinsic!(_mm512_shuffle_f32x4::<0xdd>(ab, cd));
+            square[i + 12] = intrinsic!(_mm512_shuffle_f32x4::<0xdd>(ab_odd, cd_odd));
+        }
+        square
     }
 
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{Element, Simd};
+use super::{Element, LANES, Simd};
 
 /// Plain arrays, which the compiler turns into whatever vectors the target has.
 #[derive(Clone, Copy, Debug)]
@@ -109,6 +109,11 @@ impl Simd for Portable {
     #[inline(always)]
     fn fold(self, v: Lanes) -> [f32; 8] {
         v.0
+    }
+
+    #[inline(always)]
+    fn transpose(self, square: [Lanes; LANES]) -> [Lanes; LANES] {
+        std::array::from_fn(|i| Lanes(std::array::from_fn(|j| square[j].0[i % 8])))
     }
 
     #[inline(always)]
