@@ -33,7 +33,13 @@ pub type PerExpert<T> = ArrayVec<T, MAX_EXPERTS>;
 #[derive(Clone, Debug, PartialEq)]
 pub struct AlphaGrid {
     candidates: ArrayVec<f64, MAX_CANDIDATES>,
+    /// The candidates, and others between them where they are more than [`FINE_STEP`] apart.
+    fine: ArrayVec<f64, MAX_CANDIDATES>,
 }
+
+/// How far apart points may be between which the continuous minimum is sought: a cell several times as wide holds more
+/// bends of A than the sums at its ends tell of.
+const FINE_STEP: f64 = 0.1;
 
 impl AlphaGrid {
     /// `start, start + step, …` up to `stop`, which is itself a candidate only where `inclusive`.
@@ -65,12 +71,23 @@ impl AlphaGrid {
             return Err(invalid("1 to 32 candidates"));
         }
         let round = |x: f64| (x * 1e12).round() / 1e12;
-        Ok(Self { candidates: (0..count as usize).map(|k| round(start + k as f64 * step)).collect() })
+        let count = count as usize;
+        let parts = if count > 1 { (MAX_CANDIDATES - 1) / (count - 1) } else { 1 };
+        let parts = ((step / FINE_STEP - 1e-6).ceil().max(1.0) as usize).min(parts);
+        let point = |k: usize| round(start + k as f64 * (step / parts as f64));
+        let candidates = (0..count).map(|k| round(start + k as f64 * step)).collect();
+        Ok(Self { candidates, fine: (0..(count - 1) * parts + 1).map(point).collect() })
     }
 
     /// The candidates, in increasing order.
     pub fn candidates(&self) -> &[f64] {
         &self.candidates
+    }
+
+    /// Where a search for the continuous minimum looks first, in increasing order: the candidates, and points between
+    /// them where they are more than 0.1 apart, as far as [`MAX_CANDIDATES`] go.
+    pub fn fine(&self) -> &[f64] {
+        &self.fine
     }
 }
 
@@ -98,7 +115,8 @@ impl FromStr for AlphaGrid {
 impl Default for AlphaGrid {
     /// The paper's twenty candidates 0.0, 0.1, … 1.9.
     fn default() -> Self {
-        Self { candidates: (0..20).map(|k| f64::from(k) / 10.0).collect() }
+        let candidates: ArrayVec<f64, MAX_CANDIDATES> = (0..20).map(|k| f64::from(k) / 10.0).collect();
+        Self { fine: candidates.clone(), candidates }
     }
 }
 
@@ -120,7 +138,7 @@ pub enum SearchMode {
     /// The best candidate of the grid, as in the paper.
     #[default]
     Grid,
-    /// The continuous minimum inside the best candidate's cells, from the same pass's sums.
+    /// The continuous minimum around the best of [`AlphaGrid::fine`], from the same pass's sums.
     Refine,
 }
 
@@ -152,6 +170,15 @@ impl DynamicRule {
     /// The grid of expert `expert`.
     pub fn grid(&self, expert: usize) -> Option<&AlphaGrid> {
         if self.grids.len() == 1 { self.grids.first() } else { self.grids.get(expert) }
+    }
+
+    /// The α of expert `expert` that are summed for; none where it has no grid.
+    pub fn points(&self, expert: usize) -> &[f64] {
+        let of = match self.mode {
+            SearchMode::Grid => AlphaGrid::candidates,
+            SearchMode::Refine => AlphaGrid::fine,
+        };
+        self.grid(expert).map_or(&[], of)
     }
 }
 

@@ -12,66 +12,14 @@ use dlf_engine::fusion::{
 use dlf_engine::model::Role;
 use dlf_engine::{Error, Result};
 
+#[path = "support/rows.rs"]
+mod rows;
+
+use rows::{Rng, Row};
+
 /// Sums of f32 terms: a lane adds at most 128 of them, a candidate's weight is a product of up to 32 factors,
 /// and both errors are near 2⁻²⁴ a step with random signs; the largest of 4,000 rows is 3.5e-6. Relative to 1 + KL.
 const KL_TOLERANCE: f64 = 1e-5;
-
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-    fn uniform(&mut self) -> f64 {
-        ((self.next() >> 11) as f64 + 0.5) / (1_u64 << 53) as f64
-    }
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-    fn normal(&mut self) -> f64 {
-        (-2.0 * self.uniform().ln()).sqrt() * (std::f64::consts::TAU * self.uniform()).cos()
-    }
-    /// Student's t with two degrees of freedom, cut at ±60.
-    fn heavy(&mut self) -> f64 {
-        let u = 2.0 * self.uniform() - 1.0;
-        (u * (2.0 / (1.0 - u * u)).sqrt()).clamp(-60.0, 60.0)
-    }
-}
-
-#[derive(Clone, Debug)]
-struct Row {
-    large: Vec<f32>,
-    small: Vec<f32>,
-    experts: Vec<Vec<f32>>,
-}
-
-impl Row {
-    /// A small model that resembles the large one, and experts that resemble the small one.
-    fn random(rng: &mut Rng, width: usize, experts: usize, scale: f64, heavy: bool) -> Self {
-        let mut draw = || if heavy { rng.heavy() } else { rng.normal() } * scale;
-        let large: Vec<f64> = (0..width).map(|_| draw()).collect();
-        let small: Vec<f64> = large.iter().map(|x| 0.7 * x + 0.5 * draw()).collect();
-        let experts: Vec<Vec<f64>> =
-            (0..experts).map(|_| small.iter().map(|x| x + 0.4 * draw()).collect()).collect();
-        let round = |x: &Vec<f64>| x.iter().map(|x| x.clamp(-1e4, 1e4) as f32).collect();
-        Self { large: round(&large), small: round(&small), experts: experts.iter().map(round).collect() }
-    }
-
-    fn logits(&self) -> Logits<'_> {
-        Logits {
-            large: Some(&self.large),
-            small: Some(&self.small),
-            experts: self.experts.iter().map(Vec::as_slice).collect(),
-        }
-    }
-
-    fn models(&mut self) -> Vec<&mut Vec<f32>> {
-        [&mut self.large, &mut self.small].into_iter().chain(&mut self.experts).collect()
-    }
-}
 
 fn fuse_with(
     fuser: &mut Fuser,

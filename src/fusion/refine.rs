@@ -4,53 +4,173 @@
 //! and slope are A's at both ends. Where tails are heavy, the step from one candidate to the next moves nearly all
 //! probability from some tokens to others: A has a bend inside the cell that no polynomial follows, and two atoms do.
 //! Where they are light, a step is short against A's scale, and two atoms are one more interpolant of fourth order.
+//!
+//! Where three tokens matter in one cell, A bends twice and two atoms miss it. The sums at the minimum, which a row's
+//! numbers come from, tell: where they aren't what the atoms foretold, the minimum is sought once more between that α
+//! and its neighbours.
 
-use arrayvec::ArrayVec;
+use std::cmp::Ordering;
 
-use super::cumulant::{Direction, Divergences, loss};
-use super::{MAX_CANDIDATES, Objective};
+use super::cumulant::{Direction, Divergences, Lane, loss};
+use super::{Objective, PerExpert};
+
+/// How far a divergence may be from what was foretold, relative to 1 + both: what f32 sums may be off by.
+const ROUNDING: f64 = 2e-6;
+
+/// An α that would move by no more stays where it is.
+const NEAR: f64 = 1e-3;
+
+/// Sums over a row at most: where the loss is flat, rounding would ask for more and more.
+const MOST_ROUNDS: usize = 4;
 
 /// Points that each cell is looked at before the best of them is bracketed.
 const SAMPLES: usize = 16;
 
-/// The α that minimises the interpolated loss between the candidates next to `best`. `None` where there aren't two
-/// candidates.
-pub fn interpolate(
+/// The search between the candidates next to the best one: [`ask`](Self::ask) for an α and [`take`](Self::take) the
+/// sums there, until no more are wanted.
+#[derive(Clone, Debug)]
+pub struct Refinement {
     objective: Objective,
-    direction: &Direction,
-    candidates: &[f64],
-    targets: &[Divergences],
-    best: usize,
-) -> Option<f64> {
-    let base_log_sum = direction.base.log_sum();
-    let base_mean = direction.base.mean();
-    let knots = direction.candidates.iter().zip(candidates);
-    let knots =
-        knots.map(|(lane, &alpha)| Knot { alpha, a: lane.log_sum() - base_log_sum, slope: lane.mean() });
-    let knots = knots.collect::<ArrayVec<_, MAX_CANDIDATES>>();
-
-    let mut least: Option<(f64, f64)> = None;
-    for pair in knots.windows(2).take(best + 1).skip(best.saturating_sub(1)) {
-        let cell = Cell::new(pair[0], pair[1]);
-        let at = |t: f64| {
-            let (alpha, a, slope) = cell.at(t);
-            let fused = Divergences { forward: alpha * slope - a, reverse: a - alpha * base_mean };
-            (loss(objective, &fused, targets), alpha)
-        };
-        let (value, alpha) = minimise(at);
-        if least.is_none_or(|(_, least)| value < least) {
-            least = Some((alpha, value));
-        }
-    }
-    Some(least?.0)
+    targets: PerExpert<Divergences>,
+    base: Lane,
+    /// The best of all that was summed, and its neighbours.
+    left: Option<Knot>,
+    middle: Knot,
+    right: Option<Knot>,
+    foretold: Option<Point>,
+    rounds: usize,
+    settled: bool,
+    least: Option<Measured>,
 }
 
-/// A and A′ at one candidate.
+/// What the sums over a row say at one α.
+#[derive(Clone, Copy, Debug)]
+pub struct Measured {
+    /// α, its loss, and its divergences.
+    pub point: Point,
+    /// log Σ exp of the fused logits.
+    pub log_sum: f64,
+}
+
+/// An α with its loss.
+#[derive(Clone, Copy, Debug)]
+pub struct Point {
+    /// α.
+    pub alpha: f64,
+    /// The loss there.
+    pub loss: f64,
+    /// KL(P̃‖P) and KL(P‖P̃) there.
+    pub divergences: Divergences,
+}
+
+impl Refinement {
+    /// Around the candidate `best`. `None` where there aren't two candidates.
+    pub fn new(
+        objective: Objective,
+        direction: &Direction,
+        candidates: &[f64],
+        targets: &PerExpert<Divergences>,
+        best: usize,
+    ) -> Option<Self> {
+        let base = direction.base;
+        let knot = |k: usize| Some(Knot::new(&base, direction.candidates.get(k)?, *candidates.get(k)?));
+        let (left, middle, right) = (best.checked_sub(1).and_then(knot), knot(best)?, knot(best + 1));
+        (left.is_some() || right.is_some()).then(|| Self {
+            objective,
+            targets: targets.clone(),
+            base,
+            left,
+            middle,
+            right,
+            foretold: None,
+            rounds: 0,
+            settled: false,
+            least: None,
+        })
+    }
+
+    /// The α at which sums are wanted next; `None` where [`least`](Self::least) is near enough.
+    pub fn ask(&mut self) -> Option<f64> {
+        if self.settled || self.rounds == MOST_ROUNDS {
+            return None;
+        }
+        let next = self.interpolate()?;
+        if self.least.is_some_and(|least| (least.point.alpha - next.alpha).abs() <= NEAR) {
+            return None;
+        }
+        self.foretold = Some(next);
+        self.rounds += 1;
+        Some(next.alpha)
+    }
+
+    /// Takes the sums over the row at the α that was asked for.
+    pub fn take(&mut self, fused: &Lane) {
+        let Some(foretold) = self.foretold else { return };
+        let found = Knot::new(&self.base, fused, foretold.alpha);
+        let point = self.point(found.alpha, found.a, found.slope);
+        self.settled = foretold.is_met_by(&point);
+        if self.least.is_none_or(|least| point.loss < least.point.loss) {
+            self.least = Some(Measured { point, log_sum: fused.log_sum() });
+        }
+        let best = self.point(self.middle.alpha, self.middle.a, self.middle.slope);
+        let outer = if point.loss < best.loss { std::mem::replace(&mut self.middle, found) } else { found };
+        match outer.alpha.total_cmp(&self.middle.alpha) {
+            Ordering::Less => self.left = Some(outer),
+            Ordering::Greater => self.right = Some(outer),
+            Ordering::Equal => {}
+        }
+    }
+
+    /// The least of all that was taken.
+    pub fn least(&self) -> Option<Measured> {
+        self.least
+    }
+
+    /// The minimum of the interpolated loss in both cells; the lower cell's where both are equal.
+    fn interpolate(&self) -> Option<Point> {
+        let cells = [(self.left, Some(self.middle)), (Some(self.middle), self.right)];
+        let cells = cells.into_iter().filter_map(|(left, right)| Some(Cell::new(left?, right?)));
+        let minima = cells.map(|cell| {
+            minimise(|t| {
+                let (alpha, a, slope) = cell.at(t);
+                self.point(alpha, a, slope)
+            })
+        });
+        minima.reduce(Point::or)
+    }
+
+    fn point(&self, alpha: f64, a: f64, slope: f64) -> Point {
+        let divergences = Divergences { forward: alpha * slope - a, reverse: a - alpha * self.base.mean() };
+        Point { alpha, loss: loss(self.objective, &divergences, &self.targets), divergences }
+    }
+}
+
+impl Point {
+    /// Takes `other` only where its loss is less.
+    fn or(self, other: Self) -> Self {
+        if other.loss < self.loss { other } else { self }
+    }
+
+    /// Whether these are the sums that were foretold.
+    fn is_met_by(&self, found: &Self) -> bool {
+        let (foretold, found) = (self.divergences, found.divergences);
+        let near = ROUNDING * (1.0 + found.forward.abs() + found.reverse.abs());
+        (found.forward - foretold.forward).abs() <= near && (found.reverse - foretold.reverse).abs() <= near
+    }
+}
+
+/// A and A′ at one α.
 #[derive(Clone, Copy, Debug)]
 struct Knot {
     alpha: f64,
     a: f64,
     slope: f64,
+}
+
+impl Knot {
+    fn new(base: &Lane, fused: &Lane, alpha: f64) -> Self {
+        Self { alpha, a: fused.log_sum() - base.log_sum(), slope: fused.mean() }
+    }
 }
 
 /// Two atoms between two candidates. At the fraction t of the way, with s = exp(−gap·t),
@@ -123,24 +243,32 @@ fn ln_of_ratio(s: f64, ratio: f64) -> f64 {
     ((s + ratio).max(f64::MIN_POSITIVE) / (1.0 + ratio)).ln()
 }
 
-/// The least value of `f` on [0, 1]: the best of a few samples, then a golden section around it.
-fn minimise(f: impl Fn(f64) -> (f64, f64)) -> (f64, f64) {
+/// The least loss of `f` on [0, 1]: the best of a few samples, then a golden section around it.
+fn minimise(f: impl Fn(f64) -> Point) -> Point {
     let sample = |i: usize| i as f64 / SAMPLES as f64;
-    let mut best = 0;
+    let (mut best, mut least) = (0, f(0.0));
     for i in 1..=SAMPLES {
-        if f(sample(i)).0 < f(sample(best)).0 {
-            best = i;
+        let point = f(sample(i));
+        if point.loss < least.loss {
+            (best, least) = (i, point);
         }
     }
-    let (mut low, mut high) = (sample(best.saturating_sub(1)), sample((best + 1).min(SAMPLES)));
     let ratio = (5.0_f64.sqrt() - 1.0) / 2.0;
-    // Each step keeps 0.618 of the bracket: 24 of them take 1/8 to 1e-6 of a cell.
+    let (mut low, mut high) = (sample(best.saturating_sub(1)), sample((best + 1).min(SAMPLES)));
+    let inner = |low: f64, high: f64| (high - ratio * (high - low), low + ratio * (high - low));
+    let (left, right) = inner(low, high);
+    let (mut left, mut right) = (f(left), f(right));
+    // Each step keeps 0.618 of the bracket, and one of its two points: 24 of them take 1/8 to 1e-6 of a cell.
     for _ in 0..24 {
-        let (left, right) = (high - ratio * (high - low), low + ratio * (high - low));
-        if f(left).0 < f(right).0 { high = right } else { low = left }
+        if left.loss < right.loss {
+            (high, right) = (inner(low, high).1, left);
+            left = f(inner(low, high).0);
+        } else {
+            (low, left) = (inner(low, high).0, right);
+            right = f(inner(low, high).1);
+        }
     }
-    let (inside, end) = (f((low + high) / 2.0), f(sample(best)));
-    if inside.0 < end.0 { inside } else { end }
+    least.or(left).or(right)
 }
 
 #[cfg(test)]
@@ -156,8 +284,10 @@ mod tests {
         let direction = Direction { base: lane(0.0), candidates: alpha.iter().map(|&x| lane(x)).collect() };
         let target =
             Divergences { forward: truth * slope(truth) - a(truth), reverse: a(truth) - truth * slope(0.0) };
-        assert!(interpolate(Objective::Both, &direction, &alpha[..1], &[target], 0).is_none());
-        interpolate(Objective::Both, &direction, &alpha, &[target], best).unwrap()
+        let targets = std::iter::once(target).collect();
+        let around = |grid, best| Refinement::new(Objective::Both, &direction, grid, &targets, best);
+        assert!(around(&alpha[..1], 0).is_none());
+        around(&alpha, best).unwrap().ask().unwrap()
     }
 
     #[test]

@@ -99,7 +99,7 @@ impl Fuser {
         }
         self.slices.resize_with((rows.len() * slices).max(self.slices.len()), Default::default);
 
-        // One round, but for the refined search, which measures the minimum that it found.
+        // One round, but for the refined search, which measures the minimum that it found, and rarely a second time.
         while self.sought.iter().any(Option::is_some) {
             let (isa, sought, states, sums) = (self.isa, &self.sought, &self.rows, &self.slices);
             parallel(rows.len() * slices, &|task| {

@@ -9,7 +9,8 @@ use crate::backend::cpu::simd::Isa;
 use crate::backend::{Choice, FuseRow};
 use crate::error::{Error, Result};
 use crate::fusion::cumulant::{Best, Divergences, choose, loss, one_hot};
-use crate::fusion::{Decision, DynamicRule, FusionRule, Logits, Objective, PerExpert, SearchMode, refine};
+use crate::fusion::refine::{Measured, Refinement};
+use crate::fusion::{Decision, DynamicRule, FusionRule, Logits, Objective, PerExpert, SearchMode};
 use crate::model::Role;
 use crate::sampling::Sampler;
 
@@ -23,6 +24,8 @@ enum Stage {
     Search,
     /// One α of each expert, chosen already.
     Measure { expert: Option<usize>, alpha: PerExpert<f64> },
+    /// One α of an expert, between its candidates.
+    Refine { expert: usize, alpha: f64, refinement: Refinement },
 }
 
 /// The numbers of the chosen distribution.
@@ -86,6 +89,9 @@ impl RowState {
                 (0..experts).map(tilt).collect()
             }
             Stage::Measure { alpha, .. } => std::iter::once(Tilt::fixed(alpha)).collect(),
+            Stage::Refine { expert, alpha, .. } => {
+                std::iter::once(Tilt::expert(experts, *expert, Ladder::single(*alpha))).collect()
+            }
         }
     }
 
@@ -142,29 +148,49 @@ impl RowState {
         let chosen = match std::mem::take(&mut self.stage) {
             Stage::Alone => {
                 let log_sum = sums.base.log_sum();
-                Chosen { expert: None, alpha: PerExpert::new(), terms: None, log_sum }
+                Some(Chosen { expert: None, alpha: PerExpert::new(), terms: None, log_sum })
             }
-            Stage::Measure { expert, alpha } => measured(row.rule, &sums, &targets, expert, alpha),
+            Stage::Measure { expert, alpha } => Some(measured(row.rule, &sums, &targets, expert, alpha)),
             Stage::Search => {
                 let (objective, mode) = search_of(row.rule);
                 let best = choose(objective, &sums.directions, |t| grid(row.rule, t), &targets);
                 let best = best.ok_or(Error::NoCandidate { step: row.step })?;
                 let candidates = grid(row.rule, best.expert);
-                let refined = (mode == SearchMode::Refine).then(|| {
+                let refinement = (mode == SearchMode::Refine).then(|| {
                     let direction = &sums.directions[best.expert];
-                    refine::interpolate(objective, direction, candidates, &targets, best.candidate)
+                    Refinement::new(objective, direction, candidates, &targets, best.candidate)
                 });
-                if let Some(alpha) = refined.flatten() {
-                    let (expert, alpha) = (Some(best.expert), one_hot(experts, best.expert, alpha));
-                    self.stage = Stage::Measure { expert, alpha };
-                    self.next = Some(Sought { tilts: self.tilts(row.rule, experts), targets: false });
-                    self.searched = Some(sums);
-                    return Ok(None);
+                match refinement.flatten() {
+                    Some(refinement) => self.refine(row.rule, experts, best.expert, refinement),
+                    None => Some(picked(&sums, &best, experts, candidates[best.candidate])),
                 }
-                picked(&sums, &best, experts, candidates[best.candidate])
+            }
+            Stage::Refine { expert, mut refinement, .. } => {
+                refinement.take(&sums.directions[0].candidates[0]);
+                self.refine(row.rule, experts, expert, refinement)
             }
         };
+        let Some(chosen) = chosen else {
+            self.searched = Some(sums);
+            return Ok(None);
+        };
         self.decide(isa, row, &models, &sums, &targets, chosen).map(Some)
+    }
+
+    /// The minimum that was found; `None` where more sums are wanted, which are then sought next.
+    fn refine(
+        &mut self,
+        rule: &FusionRule,
+        experts: usize,
+        expert: usize,
+        mut refinement: Refinement,
+    ) -> Option<Chosen> {
+        let Some(alpha) = refinement.ask() else {
+            return refinement.least().map(|least| refined(experts, expert, &least));
+        };
+        self.stage = Stage::Refine { expert, alpha, refinement };
+        self.next = Some(Sought { tilts: self.tilts(rule, experts), targets: false });
+        None
     }
 
     /// Chooses the token, and fills in the story.
@@ -251,7 +277,7 @@ fn is_sampled(choice: &Choice<'_>) -> bool {
 /// The candidates of an expert under the dynamic rule.
 fn grid(rule: &FusionRule, expert: usize) -> &[f64] {
     match rule {
-        FusionRule::Dynamic(rule) => rule.grid(expert).map_or(&[], |grid| grid.candidates()),
+        FusionRule::Dynamic(rule) => rule.points(expert),
         _ => &[],
     }
 }
@@ -271,6 +297,16 @@ fn picked(sums: &Sums, best: &Best, experts: usize, alpha: f64) -> Chosen {
         alpha: one_hot(experts, best.expert, alpha),
         terms: Some((best.loss, best.divergences)),
         log_sum: sums.directions[best.expert].candidates[best.candidate].log_sum(),
+    }
+}
+
+/// The minimum between candidates.
+fn refined(experts: usize, expert: usize, least: &Measured) -> Chosen {
+    Chosen {
+        expert: Some(expert),
+        alpha: one_hot(experts, expert, least.point.alpha),
+        terms: Some((least.point.loss, least.point.divergences)),
+        log_sum: least.log_sum,
     }
 }
 

@@ -86,8 +86,7 @@ pub(in crate::backend::cuda) fn decode(
     (decision.expert, decision.alpha) = match (row.rule, &encoded.alpha) {
         (FusionRule::Dynamic(rule), None) => {
             let track = result.track as usize;
-            let grid = rule.grid(track).map_or(&[][..], |grid| grid.candidates());
-            let candidate = grid.get(result.candidate as usize).copied();
+            let candidate = rule.points(track).get(result.candidate as usize).copied();
             let alpha = match rule.mode {
                 // The kernel has it as f32.
                 SearchMode::Grid => candidate,

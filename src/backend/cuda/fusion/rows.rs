@@ -123,7 +123,7 @@ pub(in crate::backend::cuda) fn encode(
     };
     match row.rule {
         FusionRule::Dynamic(rule) => {
-            encoded.search(|t| rule.grid(t).map_or(&[], |grid| grid.candidates()));
+            encoded.search(|t| rule.points(t));
             encoded.row.every = u32::try_from(rule.every).unwrap_or(u32::MAX);
             encoded.row.refined = u32::from(rule.mode == SearchMode::Refine);
             encoded.row.objective = match rule.objective {
