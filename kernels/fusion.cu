@@ -264,36 +264,55 @@ __device__ Partial measure(
 }
 
 // Moves the α of a row that is decided to the minimum between the candidates, from their sums, and takes the row's numbers
-// from there: a second look at the row, by its last block.
+// from there: a second look at the row, by its last block. Where the sums there aren't those that were foretold, the
+// minimum is sought once more between it and its neighbours.
 __device__ void refine_row(
     const FuseArgs& args, const FuseRow& row, const FuseLayout& layout, const float* const* models, const Merged* lanes,
     FuseResult& result
 ) {
-    __shared__ double minimum;
+    __shared__ double asked;  // the α whose sums are wanted, or infinity: no more are
     __shared__ Partial of_warps[WARPS];
     const Merged& base = lanes[layout.track[result.track]];
-    if (threadIdx.x < WARP) {
-        const auto knot = [&](u32 k) {
-            const Merged& candidate = (&base)[1 + k];
-            return Knot{candidate.alpha, candidate.log_sum - base.log_sum, candidate.mean};
+    const u32 last = layout.candidates[result.track] - 1, best = result.candidate;
+    const auto knot_of = [&](double alpha, const Merged& lane) { return Knot{alpha, lane.log_sum - base.log_sum, lane.mean}; };
+    const auto candidate = [&](u32 k) { return knot_of((&base)[1 + k].alpha, (&base)[1 + k]); };
+    const auto forward = [&](const Knot& knot) { return knot.alpha * knot.slope - knot.a; };
+    const auto reverse = [&](const Knot& knot) { return knot.a - knot.alpha * base.mean; };
+    const auto loss = [&](const Knot& knot) { return loss_of(row, result, forward(knot), reverse(knot)); };
+    // Only the first warp's.
+    Bracket bracket = {candidate(max(best, 1u) - 1), candidate(best), candidate(min(best + 1, last))};
+    Knot foretold = bracket.middle;
+    double least = double(INFINITE), alpha = 0;
+    bool settled = false;
+#pragma unroll 1
+    for (u32 round = 0; round <= MOST_ROUNDS; round++) {
+        if (threadIdx.x < WARP) {
+            settled |= round == MOST_ROUNDS;
+            if (!settled) foretold = refine(bracket, loss);
+            settled |= round > 0 && fabs(foretold.alpha - alpha) <= NEAR;
+            if (threadIdx.x == 0) asked = settled ? double(INFINITE) : foretold.alpha;
+        }
+        __syncthreads();
+        const double at = asked;
+        if (at == double(INFINITE)) break;
+        const Partial state = measure(args, row, models, result.track, float(at), of_warps);
+        if (threadIdx.x >= WARP) continue;
+        const Merged sums = {
+            double(state.m) + log(double(state.s)), double(state.u) / double(state.s), state.best, state.drawn, float(at), 0,
         };
-        const auto loss = [&](double alpha, double a, double slope) {
-            return loss_of(row, result, alpha * slope - a, a - alpha * base.mean);
-        };
-        const double alpha = refine(result.candidate, layout.candidates[result.track], knot, loss);
-        if (threadIdx.x == 0) minimum = alpha;
+        const Knot found = knot_of(at, sums);
+        const double found_forward = forward(found), found_reverse = reverse(found), found_loss = loss(found);
+        const double near = ROUNDING * (1 + fabs(found_forward) + fabs(found_reverse));
+        settled = fabs(found_forward - forward(foretold)) <= near && fabs(found_reverse - reverse(foretold)) <= near;
+        narrow(bracket, found, found_loss < loss(bracket.middle));
+        if (!(found_loss < least)) continue;
+        least = found_loss, alpha = at;
+        if (threadIdx.x == 0) {
+            result.forward = found_forward, result.reverse = found_reverse, result.loss = found_loss;
+            result.alpha[result.track] = at;
+            settle(row, result, sums);
+        }
     }
-    __syncthreads();
-    const double alpha = minimum;
-    const Partial state = measure(args, row, models, result.track, float(alpha), of_warps);
-    if (threadIdx.x != 0) return;
-    const Merged refined = {
-        double(state.m) + log(double(state.s)), double(state.u) / double(state.s), state.best, state.drawn, float(alpha), 0,
-    };
-    divergences(base, refined, alpha, result.forward, result.reverse);
-    result.loss = loss_of(row, result, result.forward, result.reverse);
-    result.alpha[result.track] = alpha;
-    settle(row, result, refined);
 }
 
 // Dynamic shared memory: a tile a warp; then (WARPS, lanes) partial states; then the merged lanes.

@@ -4,7 +4,12 @@
 
 #include "common.cuh"
 
-// A and A′ at one candidate.
+// What f32 sums may be off by, relative to 1 + both divergences; by how much an α that is near enough may move; sums over a
+// row at most.
+constexpr double ROUNDING = 2e-6, NEAR = 1e-3;
+constexpr u32 MOST_ROUNDS = 4;
+
+// A and A′ at one α.
 struct Knot {
     double alpha, a, slope;
 };
@@ -53,31 +58,49 @@ __device__ inline Cell between(const Knot& left, const Knot& right) {
     return {early ? left.alpha : right.alpha, step, early ? left.a : right.a, step * slope + gap / (1 + ratio), gap, ratio};
 }
 
-// The α in the two cells next to `best` with the least loss(α, A, A′); the lower cell's where both are equal. All lanes
-// of a warp together, each gets it. `knot(k)` is candidate k of `count`, which are at least two.
-template <typename KnotOf, typename Loss>
-__device__ double refine(u32 best, u32 count, KnotOf knot, Loss loss) {
+// The best of what was summed, and its neighbours; one that there isn't is the best itself.
+struct Bracket {
+    Knot left, middle, right;
+};
+
+// Takes what was summed at another α between the neighbours.
+__device__ inline void narrow(Bracket& bracket, const Knot& found, bool better) {
+    const Knot outer = better ? bracket.middle : found;
+    if (better) bracket.middle = found;
+    if (outer.alpha < bracket.middle.alpha) bracket.left = outer;
+    if (outer.alpha > bracket.middle.alpha) bracket.right = outer;
+}
+
+// The least loss(knot) in the two cells, the lower cell's where both are equal, and what A and A′ should be there. All
+// lanes of a warp together, each gets it.
+template <typename Loss>
+__device__ Knot refine(const Bracket& bracket, Loss loss) {
     const u32 lane = threadIdx.x % WARP, half = lane / HALF, place = lane % HALF;
-    const u32 left = half == 0 ? max(best, 1u) - 1 : min(best, count - 2);
-    const Cell cell = between(knot(left), knot(left + 1));
-    double low = 0, high = 1, least = double(INFINITE), alpha = cell.start;
+    const Knot &left = bracket.left, &middle = bracket.middle, &right = bracket.right;
+    // At an end of the candidates both halves have the one cell.
+    const bool lower = left.alpha < middle.alpha && (half == 0 || !(right.alpha > middle.alpha));
+    const Cell cell = between(lower ? left : middle, lower ? middle : right);
+    const auto at = [&](double t) {
+        const double s = exp(-cell.gap * t);
+        const double a = cell.a + cell.top * t + log_of_ratio(s, cell.ratio);
+        return Knot{cell.start + t * cell.step, a, (cell.top - cell.gap * s / fmax(s + cell.ratio, LEAST)) / cell.step};
+    };
+    double low = 0, high = 1, least = double(INFINITE), least_t = 0;
     // Each round keeps 2/15 of the bracket: seven leave 4e-7 of a cell.
     for (u32 round = 0; round < 7; round++) {
-        const double part = (high - low) / (HALF - 1), t = low + part * place, s = exp(-cell.gap * t);
-        const double a = cell.a + cell.top * t + log_of_ratio(s, cell.ratio);
-        const double slope = (cell.top - cell.gap * s / fmax(s + cell.ratio, LEAST)) / cell.step;
-        double value = loss(cell.start + t * cell.step, a, slope);
+        const double part = (high - low) / (HALF - 1);
+        double value = loss(at(low + part * place));
         u32 where = place;
         for (u32 distance = HALF / 2; distance > 0; distance /= 2) {
             const double other = __shfl_xor_sync(ALL_LANES, value, distance);
             const u32 there = __shfl_xor_sync(ALL_LANES, where, distance);
             if (other < value || (other == value && there < where)) value = other, where = there;
         }
-        if (value < least) least = value, alpha = cell.start + (low + part * where) * cell.step;
+        if (value < least) least = value, least_t = low + part * where;
         high = low + part * min(where + 1, HALF - 1);
         low += part * (max(where, 1u) - 1);
     }
-    const double upper = __shfl_sync(ALL_LANES, least, HALF), upper_alpha = __shfl_sync(ALL_LANES, alpha, HALF);
-    const double lower = __shfl_sync(ALL_LANES, least, 0), lower_alpha = __shfl_sync(ALL_LANES, alpha, 0);
-    return upper < lower ? upper_alpha : lower_alpha;
+    const Knot found = at(least_t);
+    const u32 from = __shfl_sync(ALL_LANES, least, HALF) < __shfl_sync(ALL_LANES, least, 0) ? HALF : 0;
+    return {__shfl_sync(ALL_LANES, found.alpha, from), __shfl_sync(ALL_LANES, found.a, from), __shfl_sync(ALL_LANES, found.slope, from)};
 }

@@ -64,15 +64,17 @@ impl Case {
         let (alpha, least) = exact.continuous_search(expert, low, high, objective);
         let (_, forward, reverse) = at(alpha);
         // Where the loss is flat, f32 sums can't tell one α from another: each KL is off by some δ, which moves a loss by
-        // 2δ Σ|k − t| ≤ 2δ √(2T·loss), and by 2Tδ². 1e-6 is near their largest error on heavy-tailed rows.
-        let (delta, targets) = (1e-6 * (1.0 + forward + reverse), 2.0 * self.row.experts.len() as f64);
+        // 2δ Σ|k − t| ≤ 2δ √(2T·loss), and by 2Tδ². 3.5e-6 is the largest that tests/fusion.rs finds.
+        let (delta, targets) = (3.5e-6 * (1.0 + forward + reverse), 2.0 * self.row.experts.len() as f64);
         let noise = 2.0 * delta * (targets * least).sqrt() + targets * delta * delta;
-        let excess = at(found.alpha[expert]).0 - least;
-        let distance = (found.alpha[expert] - alpha).abs();
-        let told = if excess <= noise { 0.0 } else { distance };
-        // On either side of α = 0 each KL has one of its values again.
-        let twin = points[best] == 0.0 && found.alpha[expert] * alpha < 0.0;
-        Off { told, distance, excess: excess / least, twin }
+        let found = found.alpha[expert];
+        let distance = (found - alpha).abs();
+        if at(found).0 - least <= noise {
+            return Off { told: 0.0, flat: distance > 1e-2, valley: false };
+        }
+        let near = |alpha: f64| alpha.clamp(points[0], points[points.len() - 1]);
+        let (bottom, _) = exact.continuous_search(expert, near(found - 0.02), near(found + 0.02), objective);
+        Off { told: distance, flat: false, valley: distance > 1e-2 && (bottom - found).abs() <= 1e-2 }
     }
 }
 
@@ -81,16 +83,14 @@ impl Case {
 struct Off {
     /// The distance to the minimum, 0 where f32 can't tell the losses apart.
     told: f64,
-    /// The distance to the minimum.
-    distance: f64,
-    /// The loss above the least one, relative to that.
-    excess: f64,
-    /// Whether α and the minimum are on either side of 0.
-    twin: bool,
+    /// Whether it is far, and f32 can't.
+    flat: bool,
+    /// Whether it is far, and α is a minimum too: of another valley, which is less deep.
+    valley: bool,
 }
 
 /// Searches the rows of some seeds.
-fn search(seeds: impl Iterator<Item = u64>) -> Vec<Off> {
+fn search(seeds: impl IntoIterator<Item = u64>) -> Vec<Off> {
     let mut fuser = Fuser::new();
     let one = |seed| {
         let case = Case::new(seed);
@@ -101,22 +101,26 @@ fn search(seeds: impl Iterator<Item = u64>) -> Vec<Off> {
         }
         off
     };
-    seeds.map(one).collect()
+    seeds.into_iter().map(one).collect()
 }
 
 /// Asserts the bounds of `--search refine`.
 fn check(mut rows: Vec<Off>) {
+    let (all, flat) = (rows.len(), rows.iter().filter(|row| row.flat).count());
+    rows.retain(|row| !row.valley);
+    let valleys = all - rows.len();
     rows.sort_by(|a, b| a.told.total_cmp(&b.told));
-    let twins = rows.iter().filter(|row| row.twin && row.told > 1e-2).count();
-    rows.retain(|row| !row.twin);
     let at = |part: f64| rows[(part * (rows.len() - 1) as f64) as usize].told;
     let (ninth, worst) = (at(0.9), at(1.0));
-    let told = rows.iter().filter(|row| row.distance > 1e-2 && row.told == 0.0).count();
     println!(
-        "{} rows: ninth decile {ninth:e}, 99 % {:e}, 99.9 % {:e}, worst {worst:e}; {told} flat, {twins} twins; misses {}",
-        rows.len(), at(0.99), at(0.999), rows.iter().filter(|row| row.told > 1e-2).count()
+        "{all} rows, {flat} of them flat, {valleys} in another valley; ninth decile {ninth:e}, 99 % {:e}, 99.9 % {:e}, \
+         worst {worst:e}",
+        at(0.99),
+        at(0.999)
     );
     assert!(ninth <= 1e-3 && worst <= 1e-2, "ninth decile {ninth:e}, worst {worst:e}");
+    // Two minima next to the best point whose losses no sum tells apart are rarer still.
+    assert!(valleys <= 1 + all / 1000, "{valleys} of {all}");
 }
 
 #[test]
