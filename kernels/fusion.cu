@@ -304,7 +304,7 @@ __device__ void refine_row(
         const double found_forward = forward(found), found_reverse = reverse(found), found_loss = loss(found);
         const double near = ROUNDING * (1 + fabs(found_forward) + fabs(found_reverse));
         settled = fabs(found_forward - forward(foretold)) <= near && fabs(found_reverse - reverse(foretold)) <= near;
-        narrow(bracket, found, found_loss < loss(bracket.middle));
+        bracket = narrow(bracket, found, found_loss < loss(bracket.middle));
         if (!(found_loss < least)) continue;
         least = found_loss, alpha = at;
         if (threadIdx.x == 0) {

@@ -63,23 +63,26 @@ struct Bracket {
     Knot left, middle, right;
 };
 
-// Takes what was summed at another α between the neighbours.
-__device__ inline void narrow(Bracket& bracket, const Knot& found, bool better) {
-    const Knot outer = better ? bracket.middle : found;
-    if (better) bracket.middle = found;
-    if (outer.alpha < bracket.middle.alpha) bracket.left = outer;
-    if (outer.alpha > bracket.middle.alpha) bracket.right = outer;
+// One of two, number by number, so that they stay in registers.
+__device__ inline Knot pick(bool first, Knot a, Knot b) {
+    return {first ? a.alpha : b.alpha, first ? a.a : b.a, first ? a.slope : b.slope};
+}
+
+// With what was summed at another α between the neighbours.
+__device__ inline Bracket narrow(Bracket old, Knot found, bool better) {
+    const Knot middle = pick(better, found, old.middle), outer = pick(better, old.middle, found);
+    return {pick(outer.alpha < middle.alpha, outer, old.left), middle, pick(outer.alpha > middle.alpha, outer, old.right)};
 }
 
 // The least loss(knot) in the two cells, the lower cell's where both are equal, and what A and A′ should be there. All
 // lanes of a warp together, each gets it.
 template <typename Loss>
-__device__ Knot refine(const Bracket& bracket, Loss loss) {
+__device__ Knot refine(Bracket bracket, Loss loss) {
     const u32 lane = threadIdx.x % WARP, half = lane / HALF, place = lane % HALF;
-    const Knot &left = bracket.left, &middle = bracket.middle, &right = bracket.right;
     // At an end of the candidates both halves have the one cell.
-    const bool lower = left.alpha < middle.alpha && (half == 0 || !(right.alpha > middle.alpha));
-    const Cell cell = between(lower ? left : middle, lower ? middle : right);
+    const bool has_left = bracket.left.alpha < bracket.middle.alpha, has_right = bracket.right.alpha > bracket.middle.alpha;
+    const bool lower = has_left && (half == 0 || !has_right);
+    const Cell cell = between(pick(lower, bracket.left, bracket.middle), pick(lower, bracket.middle, bracket.right));
     const auto at = [&](double t) {
         const double s = exp(-cell.gap * t);
         const double a = cell.a + cell.top * t + log_of_ratio(s, cell.ratio);
