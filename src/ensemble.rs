@@ -62,8 +62,9 @@ impl Ensemble {
     /// The same ensemble with tokenizers, one a model, `None` where a model has none.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] where two of them have different tokens under one id of the shared vocabulary, which is
-    /// the first such id; [`Error::Parameter`] where they are not one a model.
+    /// [`Error::Mismatch`] where two of them have different tokens under one id of the shared vocabulary, or one has a
+    /// special token there and the other ordinary text (the message has the first such id), or where they put
+    /// different tokens around a prompt; [`Error::Parameter`] where they are not one a model.
     #[cfg(feature = "tokenizer")]
     pub fn with_tokenizers(mut self, tokenizers: Vec<Option<Tokenizer>>) -> Result<Self> {
         if tokenizers.len() != self.models.len() {

@@ -167,6 +167,23 @@ impl Tokenizer {
         self.inner.vocabulary.pieces.get(id)
     }
 
+    /// Whether token `id` is a special one: recognised where a text writes it out, and no text itself.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.inner.vocabulary.pieces.is_special(id)
+    }
+
+    /// The ids that [`encode`](Self::encode) puts before a text and after it where it adds what the model wants.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub(crate) fn around(&self) -> Result<(Vec<u32>, Vec<u32>)> {
+        const ANY_TEXT: &str = "a";
+        let (text, whole) = (self.encode(ANY_TEXT, false)?, self.encode(ANY_TEXT, true)?);
+        let start = (0..whole.len()).find(|&start| whole[start..].starts_with(&text)).unwrap_or(whole.len());
+        let end = (start + text.len()).min(whole.len());
+        Ok((whole[..start].to_vec(), whole[end..].to_vec()))
+    }
+
     /// Token `id` as the vocabulary writes it.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.vocabulary.tokenizer.id_to_token(id)

@@ -118,6 +118,95 @@ fn one_id_is_one_token() {
 }
 
 #[test]
+fn a_special_token_is_special_to_all() {
+    let models = Models::new(&[
+        ("large", json!({"vocab_size": 300})),
+        ("small", json!({"vocab_size": 300})),
+        ("chat", json!({"vocab_size": 300, "eos_token_id": 1})),
+    ]);
+    let tokenizer = vocabulary::byte_level();
+    models.tokenizer("large", &tokenizer);
+    // An EOS of its own is an expert's good right, and `config.json`'s business.
+    models.tokenizer("chat", &tokenizer);
+    let ensemble = models.load("large", "small", &["chat"]).unwrap();
+    assert_eq!(ensemble.eos_token_ids(), [1, 2]);
+    let (first, last) = (ensemble.tokenizer(0).unwrap(), ensemble.tokenizer(2).unwrap());
+    assert!(first.is_special(2) && !first.is_special(3) && !last.is_special(1 << 20));
+
+    // A token of its own beside them is special in a row that pads the others.
+    let token = |id: u32, content: &str, special: bool| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": special})
+    };
+    let with = |changed: &[Value]| {
+        let mut tokenizer = tokenizer.clone();
+        let added = tokenizer["added_tokens"].as_array_mut().unwrap();
+        for token in changed {
+            added.retain(|known| known["id"] != token["id"]);
+            added.push(token.clone());
+        }
+        tokenizer
+    };
+    models.tokenizer("chat", &with(&[token(261, "<pad>", true)]));
+    assert!(models.load("large", "small", &["chat"]).is_ok());
+
+    // Recognised, but shown as text; not recognised at all; and ordinary text that became special.
+    models.tokenizer("chat", &with(&[token(2, "<|im_end|>", false)]));
+    let message = refusal(models.load("large", "small", &["chat"]));
+    let differs =
+        |id: u32, token: &str| format!("the large and expert 0 models differ in token {id}, \"{token}\": ");
+    assert_eq!(message, differs(2, "<|im_end|>") + "a special token and ordinary text");
+    let mut plain = tokenizer.clone();
+    plain["added_tokens"].as_array_mut().unwrap().retain(|token| token["id"] != 1);
+    models.tokenizer("chat", &plain);
+    let message = refusal(models.load("large", "small", &["chat"]));
+    assert_eq!(message, differs(1, "<|im_start|>") + "a special token and ordinary text");
+    models.tokenizer("chat", &with(&[token(68, "A", true)]));
+    let message = refusal(models.load("large", "small", &["chat"]));
+    assert_eq!(message, differs(68, "A") + "ordinary text and a special token");
+    // Past the shared vocabulary, nobody asks.
+    directory::write_model(&models.path("small"), &directory::config_with(json!({"vocab_size": 68})));
+    assert!(models.load("large", "small", &["chat"]).is_ok());
+}
+
+#[test]
+fn all_put_the_same_tokens_around_a_prompt() {
+    let models = Models::new(&[("large", json!({"vocab_size": 300})), ("small", json!({"vocab_size": 300}))]);
+    let tokenizer = vocabulary::sentencepiece();
+    models.tokenizer("large", &tokenizer);
+    models.tokenizer("small", &tokenizer);
+    let configure = |name: &str, add_bos: bool, add_eos: bool| {
+        let config = json!({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": add_bos, "add_eos_token": add_eos});
+        std::fs::write(models.path(name).join("tokenizer_config.json"), config.to_string()).unwrap();
+        models.load("large", "small", &[])
+    };
+    // The same by the post-processor and by a flag.
+    assert!(configure("small", true, false).is_ok());
+    let differ = "the large and small models differ in what their tokenizers put ";
+    assert_eq!(
+        refusal(configure("small", false, false)),
+        format!("{differ}before a prompt: token 1, \"<s>\" and nothing")
+    );
+    assert_eq!(
+        refusal(configure("small", true, true)),
+        format!("{differ}after a prompt: nothing and token 2, \"</s>\"")
+    );
+    assert!(configure("large", true, true).is_ok(), "it is the same to both");
+    assert!(refusal(configure("large", false, true)).contains("nothing and token 1"));
+
+    // By the post-processor alone.
+    let mut without = tokenizer.clone();
+    without["post_processor"] = Value::Null;
+    let models = Models::new(&[("large", json!({"vocab_size": 300})), ("small", json!({"vocab_size": 300}))]);
+    models.tokenizer("large", &without);
+    models.tokenizer("small", &tokenizer);
+    assert_eq!(
+        refusal(models.load("large", "small", &[])),
+        format!("{differ}before a prompt: nothing and token 1, \"<s>\"")
+    );
+}
+
+#[test]
 fn a_lora_expert_shares_the_small_models_weights() {
     let models = Models::new(&[("large", json!({})), ("small", json!({}))]);
     directory::write_adapter(&models.path("math"));

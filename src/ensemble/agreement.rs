@@ -1,9 +1,13 @@
 //! What the models of an ensemble must agree on.
 
 use std::fmt::Debug;
+#[cfg(feature = "tokenizer")]
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::model::{LlamaModel, Role};
+#[cfg(feature = "tokenizer")]
+use crate::tokenizer::Tokenizer;
 
 /// Experts run in lockstep with the small model, so their layers must have its shape. Rotation, the norms' ε and the number
 /// of token ids may differ.
@@ -38,38 +42,70 @@ fn same<T: PartialEq + Debug>(expert: Role, what: &str, small: &T, found: &T) ->
     })
 }
 
-/// Checks that every id below `vocab_size` is the same token in all tokenizers that have one for it. An id without a
-/// token is a row that pads the embedding, and says nothing.
+/// Checks that every id below `vocab_size` is the same token in all tokenizers that have one for it, special in all of
+/// them or in none, and that all put the same tokens around a prompt. An id without a token is a row that pads the
+/// embedding, and says nothing; a model without a tokenizer is given ids.
 #[cfg(feature = "tokenizer")]
 pub(super) fn check_tokens(
-    models: &[std::sync::Arc<LlamaModel>],
-    tokenizers: &[Option<crate::tokenizer::Tokenizer>],
+    models: &[Arc<LlamaModel>],
+    tokenizers: &[Option<Tokenizer>],
     vocab_size: usize,
 ) -> Result<()> {
-    let mut distinct: Vec<(Role, &crate::tokenizer::Tokenizer)> = Vec::new();
-    for (model, tokenizer) in models.iter().zip(tokenizers) {
-        if let Some(tokenizer) = tokenizer
-            && !distinct.iter().any(|(_, known)| known.shares_vocabulary(tokenizer))
-        {
-            distinct.push((model.role, tokenizer));
+    let given = || {
+        let pairs = models.iter().zip(tokenizers);
+        pairs.filter_map(|(model, tokenizer)| tokenizer.as_ref().map(|tokenizer| (model.role, tokenizer)))
+    };
+    let mut distinct: Vec<(Role, &Tokenizer)> = Vec::new();
+    for (role, tokenizer) in given() {
+        if !distinct.iter().any(|(_, known)| known.shares_vocabulary(tokenizer)) {
+            distinct.push((role, tokenizer));
         }
     }
-    if distinct.len() < 2 {
-        return Ok(());
+    if distinct.len() > 1 {
+        for id in 0..u32::try_from(vocab_size).unwrap_or(u32::MAX) {
+            check_token(id, &distinct)?;
+        }
     }
-    for id in 0..u32::try_from(vocab_size).unwrap_or(u32::MAX) {
-        let mut tokens =
-            distinct.iter().filter_map(|(role, tokenizer)| tokenizer.token(id).map(|token| (*role, token)));
-        let Some((left, expected)) = tokens.next() else { continue };
-        if let Some((right, found)) = tokens.find(|(_, token)| *token != expected) {
-            return Err(Error::Mismatch {
-                left,
-                right,
-                what: format!("token {id}"),
-                expected: format!("{expected:?}"),
-                found: format!("{found:?}"),
-            });
+    // Here files beside tokenizer.json have a say, too.
+    let Some((left, first)) = given().next() else { return Ok(()) };
+    let expected = first.around()?;
+    for (right, tokenizer) in given().skip(1) {
+        let found = tokenizer.around()?;
+        for (place, expected, found) in [("before", &expected.0, &found.0), ("after", &expected.1, &found.1)]
+        {
+            if expected != found {
+                let what = format!("what their tokenizers put {place} a prompt");
+                let (expected, found) = (written(first, expected), written(tokenizer, found));
+                return Err(Error::Mismatch { left, right, what, expected, found });
+            }
         }
     }
     Ok(())
+}
+
+/// Checks that token `id` is the same to all tokenizers that know it.
+#[cfg(feature = "tokenizer")]
+fn check_token(id: u32, tokenizers: &[(Role, &Tokenizer)]) -> Result<()> {
+    let mut views = tokenizers.iter().filter_map(|&(role, tokenizer)| {
+        tokenizer.token(id).map(|token| (role, token, tokenizer.is_special(id)))
+    });
+    let Some((left, expected, special)) = views.next() else { return Ok(()) };
+    let differs = |(_, token, other): &(Role, String, bool)| (token, *other) != (&expected, special);
+    let Some((right, found, other)) = views.find(differs) else { return Ok(()) };
+    let mismatch = |what, expected, found| Err(Error::Mismatch { left, right, what, expected, found });
+    if found != expected {
+        return mismatch(format!("token {id}"), format!("{expected:?}"), format!("{found:?}"));
+    }
+    let view = |special| if special { "a special token" } else { "ordinary text" }.to_owned();
+    mismatch(format!("token {id}, {expected:?}"), view(special), view(other))
+}
+
+/// Tokens as a message shows them.
+#[cfg(feature = "tokenizer")]
+fn written(tokenizer: &Tokenizer, ids: &[u32]) -> String {
+    if ids.is_empty() {
+        return "nothing".to_owned();
+    }
+    let token = |&id: &u32| format!("token {id}, {:?}", tokenizer.token(id).unwrap_or_default());
+    ids.iter().map(token).collect::<Vec<_>>().join(", ")
 }

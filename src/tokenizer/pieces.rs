@@ -15,6 +15,8 @@ pub(super) struct Pieces {
     bytes: Vec<u8>,
     /// Where the piece of an id ends; it starts where that of the id before ends.
     ends: Vec<usize>,
+    /// The ids of special tokens, in order.
+    special: Vec<u32>,
     opening: Opening,
 }
 
@@ -54,14 +56,21 @@ impl Pieces {
             steps(decoder).map_err(|what| Error::Unsupported { path: path.to_owned(), what })?;
         let added = tokenizer.get_added_tokens_decoder();
         let (mut bytes, mut ends) = (Vec::new(), Vec::with_capacity(size));
+        let mut special = Vec::new();
         for id in 0..size as u32 {
-            let special = added.get(&id).is_some_and(|token| token.special);
-            if !special && let Some(token) = tokenizer.id_to_token(id) {
+            if added.get(&id).is_some_and(|token| token.special) {
+                special.push(id);
+            } else if let Some(token) = tokenizer.id_to_token(id) {
                 bytes.extend(piece(&steps, token));
             }
             ends.push(bytes.len());
         }
-        Ok(Self { bytes, ends, opening })
+        Ok(Self { bytes, ends, special, opening })
+    }
+
+    /// Whether token `id` is a special one.
+    pub(super) fn is_special(&self, id: u32) -> bool {
+        self.special.binary_search(&id).is_ok()
     }
 
     /// The piece of token `id`, empty where it has none.
