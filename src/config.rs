@@ -15,6 +15,10 @@ const MAX_HEADS: usize = 1 << 14;
 pub(crate) const MAX_VOCAB: usize = 1 << 24;
 const MAX_CONTEXT: usize = 1 << 30;
 
+/// The θ of models whose config names none.
+const LLAMA_2_THETA: f64 = 10_000.0;
+const LLAMA_2_CONTEXT: usize = 4096;
+
 /// The shape of a Llama model. Names are those of Hugging Face's `config.json`.
 ///
 /// Validated: every size is at least 1 and sane, `head_dim` is even, `num_attention_heads` is a multiple of
@@ -306,7 +310,7 @@ impl RopeConfig {
             }
             config.number(field, expected, accept)
         };
-        let theta = either("rope_theta", "a number above 1", |x| x > 1.0 && x <= 1e30)?.unwrap_or(10_000.0);
+        let theta = either("rope_theta", "a number above 1", |x| x > 1.0 && x <= 1e30)?;
         let rotary = either("partial_rotary_factor", "a number", f64::is_finite)?.unwrap_or(1.0);
         if rotary != 1.0 {
             let what = format!("a partial_rotary_factor of {rotary}");
@@ -316,11 +320,33 @@ impl RopeConfig {
             Some(rope) => RopeScaling::from_json(config, rope, head_dim, max_position_embeddings)?,
             None => RopeScaling::Default,
         };
+        let old_form = config.get("rope_parameters").is_none();
+        let theta = match theta {
+            Some(theta) => theta,
+            None if old_form && scaling.may_leave_out_theta(max_position_embeddings) => LLAMA_2_THETA,
+            None => {
+                let field = if old_form { "rope_theta" } else { "rope_parameters.rope_theta" };
+                let expected = "a number above 1, which only Llama 1 and 2 leave out";
+                return Err(config.invalid(field, expected, "nothing"));
+            }
+        };
         Ok(Self { theta, scaling })
     }
 }
 
 impl RopeScaling {
+    /// Whether this may be a Llama 1 or 2, whose configs name no θ, or one of their continuations: rotation was learnt on
+    /// at most 4096 positions. Later models have another θ, and without it would write nonsense that looks like text.
+    fn may_leave_out_theta(&self, max_position_embeddings: usize) -> bool {
+        let learnt = match *self {
+            Self::Llama3 { .. } => return false,
+            Self::Default | Self::Dynamic { .. } => max_position_embeddings as f64,
+            Self::Linear { factor } => max_position_embeddings as f64 / factor,
+            Self::Yarn { original_max_position_embeddings, .. } => original_max_position_embeddings as f64,
+        };
+        learnt <= LLAMA_2_CONTEXT as f64
+    }
+
     fn from_json(
         config: &Object,
         rope: &Object,

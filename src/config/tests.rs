@@ -30,6 +30,12 @@ fn with(changes: Value) -> Value {
     config
 }
 
+/// `rope_parameters` with the θ that the form always has.
+fn rope(mut parameters: Value) -> Value {
+    parameters["rope_theta"] = json!(500000.0);
+    json!({"rope_parameters": parameters})
+}
+
 fn parse(config: &Value) -> Result<LlamaConfig> {
     LlamaConfig::from_json(Path::new("model/config.json"), &config.to_string(), None)
 }
@@ -91,6 +97,56 @@ fn defaults_are_those_of_transformers() {
 }
 
 #[test]
+fn only_llama_1_and_2_and_their_continuations_leave_out_theta() {
+    let without = |changes: Value| {
+        let mut config = tiny();
+        config.as_object_mut().unwrap().shift_remove("rope_parameters");
+        for (field, value) in changes.as_object().unwrap() {
+            config[field] = value.clone();
+        }
+        parse(&config).map(|config| config.rope.theta).map_err(|error| error.to_string())
+    };
+    for llama_2 in [
+        json!({"max_position_embeddings": 2048}),
+        json!({"max_position_embeddings": 4096, "rope_scaling": null, "rope_parameters": null}),
+        // As Vicuna-16k and LLaMA-2-7B-32K, which say of the context what it was and what it is.
+        json!({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+        json!({"max_position_embeddings": 32768, "rope_scaling": {"type": "linear", "factor": 8.0}}),
+        json!({"max_position_embeddings": 4096, "rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+        json!({"max_position_embeddings": 65536, "rope_scaling":
+            {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096}}),
+    ] {
+        assert_eq!(without(llama_2.clone()), Ok(10_000.0), "{llama_2}");
+    }
+    let expected = "expected a number above 1, which only Llama 1 and 2 leave out, found nothing";
+    for (later, field) in [
+        (json!({"max_position_embeddings": 8192}), "rope_theta"),
+        (
+            json!({"max_position_embeddings": 32768, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+            "rope_theta",
+        ),
+        (
+            json!({"max_position_embeddings": 8192, "rope_scaling": {"type": "yarn", "factor": 2.0}}),
+            "rope_theta",
+        ),
+        (
+            json!({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 256}}),
+            "rope_theta",
+        ),
+        // transformers 5 always writes it.
+        (json!({"rope_parameters": {"rope_type": "default"}}), "rope_parameters.rope_theta"),
+        (json!({"rope_parameters": {}}), "rope_parameters.rope_theta"),
+    ] {
+        let message = format!("model/config.json: `{field}`: {expected}");
+        assert_eq!(without(later.clone()), Err(message), "{later}");
+    }
+    // Where it is given, in either form, it is taken.
+    assert_eq!(without(json!({"max_position_embeddings": 8192, "rope_theta": 5e5})), Ok(5e5));
+    assert_eq!(without(json!({"rope_parameters": {"rope_type": "default"}, "rope_theta": 3e4})), Ok(3e4));
+}
+
+#[test]
 fn head_dim_is_given_or_derived() {
     assert_eq!(parse(&with(json!({"head_dim": 32}))).unwrap().head_dim, 32);
     assert_eq!(parse(&with(json!({"head_dim": null}))).unwrap().head_dim, 16);
@@ -128,7 +184,7 @@ fn yarn_has_the_defaults_of_transformers() {
         for (field, value) in changes.as_object().unwrap() {
             parameters[field] = value.clone();
         }
-        match parse(&with(json!({"rope_parameters": parameters}))).unwrap().rope.scaling {
+        match parse(&with(rope(parameters))).unwrap().rope.scaling {
             RopeScaling::Yarn { factor, beta_fast, beta_slow, truncate, attention_factor, .. } => {
                 (factor, beta_fast, beta_slow, truncate, attention_factor)
             }
@@ -147,7 +203,7 @@ fn yarn_has_the_defaults_of_transformers() {
 
 #[test]
 fn dynamic_rope_lengthens_the_context() {
-    let config = parse(&with(json!({"rope_parameters": {"rope_type": "dynamic", "factor": 2.5}}))).unwrap();
+    let config = parse(&with(rope(json!({"rope_type": "dynamic", "factor": 2.5})))).unwrap();
     assert_eq!((config.max_position_embeddings, config.context()), (256, 640));
     assert_eq!(parse(&tiny()).unwrap().context(), 256);
 }
