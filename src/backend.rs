@@ -112,7 +112,7 @@ impl Limits {
 /// Where to compute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
-    /// The first NVIDIA GPU, or the CPU where there is none.
+    /// The first NVIDIA GPU that this engine runs on, or the CPU where there is none: see [`passed_over`](Self::passed_over).
     #[default]
     Auto,
     /// The CPU.
@@ -133,10 +133,16 @@ impl Device {
     pub(crate) fn gpus(self) -> Option<(usize, usize)> {
         match self {
             Self::Cpu => None,
-            Self::Auto => (gpus() > 0).then_some((0, 0)),
+            Self::Auto => first_gpu().ok().flatten().map(|ordinal| (ordinal, ordinal)),
             Self::Cuda(ordinal) => Some((ordinal, ordinal)),
             Self::Split { large, small } => Some((large, small)),
         }
+    }
+
+    /// Why [`Auto`](Self::Auto) is the CPU though there is a GPU: it, or its driver, is too old. `None` where there is
+    /// nothing to tell.
+    pub fn passed_over(self) -> Option<String> {
+        if self == Self::Auto { first_gpu().err() } else { None }
     }
 }
 
@@ -236,12 +242,12 @@ impl BackendOptions {
     }
 }
 
-/// GPUs that can be asked for.
-pub(crate) fn gpus() -> usize {
+/// The GPU that [`Device::Auto`] is, if any, or why none of those that there are will do.
+fn first_gpu() -> Result<Option<usize>, String> {
     #[cfg(feature = "cuda")]
-    return cuda::device_count();
+    return cuda::first_usable();
     #[cfg(not(feature = "cuda"))]
-    0
+    Ok(None)
 }
 
 /// Where the time of one [`Backend::forward`] went.

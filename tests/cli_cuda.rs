@@ -15,12 +15,18 @@ fn run(arguments: &[&str]) -> Output {
 }
 
 fn run_on(card: &str, arguments: &[&str]) -> Output {
+    run_with(card, "12080", arguments)
+}
+
+/// On this card, under a driver of this version.
+fn run_with(card: &str, driver: &str, arguments: &[&str]) -> Output {
     let dir = TempDir::new().unwrap();
     std::os::unix::fs::symlink(Driver::path().unwrap(), dir.path().join("libcuda.so")).unwrap();
     Command::new(Path::new(env!("CARGO_BIN_EXE_dlf-engine")))
         .args(arguments)
         .env("LD_LIBRARY_PATH", dir.path())
         .env("VCUDA_PROFILE", card)
+        .env("VCUDA_DRIVER_VERSION", driver)
         .output()
         .unwrap()
 }
@@ -89,6 +95,35 @@ fn a_gpu_that_is_not_there_is_named() {
     assert!(message.contains("--kv-memory 1"), "{message}");
 }
 
+#[test]
+fn auto_is_the_cpu_where_the_gpu_or_its_driver_is_too_old() {
+    let with = |card, driver, device, more: &[&str]| {
+        let output = run_with(card, driver, &[&PROMPT[..], &[device], more].concat());
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let ids = |stdout: &str| serde_json::from_str::<Value>(stdout).unwrap()["token_ids"].clone();
+    let expected = ids(&with("h100", "12080", "cpu", &[]).1);
+    for (card, driver, reason) in [
+        ("t4", "12080", "Tesla T4 has compute capability 7.5, and 8.0 is needed (Ampere or newer)"),
+        ("h100", "11080", "the driver is for CUDA 11.8, and 12.1 is needed (r530 or newer)"),
+    ] {
+        let (code, stdout, stderr) = with(card, driver, "auto", &[]);
+        assert_eq!((code, stderr), (Some(0), format!("note: --device auto is the CPU here: {reason}\n")));
+        assert_eq!(ids(&stdout), expected);
+        let (code, stdout, stderr) = with(card, driver, "auto", &["--quiet"]);
+        assert_eq!((code, stderr.as_str(), ids(&stdout)), (Some(0), "", expected.clone()));
+        for device in ["cuda", "cuda:0"] {
+            let (code, stdout, stderr) = with(card, driver, device, &[]);
+            assert_eq!((code, stdout.as_str()), (Some(1), ""));
+            assert_eq!(stderr, format!("error: device cuda:0: {reason}\n"));
+        }
+    }
+    // Whoever names the CPU isn't told of GPUs, and 12.1 is new enough.
+    assert_eq!(with("t4", "12080", "cpu", &[]).2, "");
+    assert_eq!(with("h100", "12010", "auto", &[]).2, "");
+}
+
 /// A typing error in a test's environment would else be another card, unnoticed.
 #[test]
 fn a_card_that_is_not_there_is_named() {
@@ -96,6 +131,6 @@ fn a_card_that_is_not_there_is_named() {
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{message}");
     let expected = "CUDA_ERROR_NO_DEVICE (no CUDA-capable device is detected \
-                    [VCUDA_PROFILE: no card `h10`; there are a100, rtx4090, h100])";
+                    [VCUDA_PROFILE: no card `h10`; there are a100, rtx4090, h100, t4])";
     assert!(message.contains(expected), "{message}");
 }

@@ -42,7 +42,8 @@ mod weights;
 
 pub use bandwidth::bandwidth;
 pub use caller::{CudaFusion, DeviceLogits};
-pub use device::{Gpu, device_count};
+pub use device::Gpu;
+pub(crate) use device::first_usable;
 #[cfg(feature = "cli")]
 pub(crate) use {
     device::{Grid, Kernel},

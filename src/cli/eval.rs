@@ -38,6 +38,7 @@ pub(super) fn evaluate(prepared: &Prepared, args: &TaskArgs) -> Result<Summary> 
     // What earlier runs left is checked before any of it is gone on with.
     let labels: Vec<&str> = prepared.methods.iter().map(|(label, _)| label.as_str()).collect();
     let mut files = store.methods(&labels, &prepared.indices, plan.task.metrics())?;
+    args.device.note_fallback(args.quiet);
     let mut all = Vec::new();
     for ((label, rule), file) in prepared.methods.iter().zip(&mut files) {
         let rule: &FusionRule = rule;

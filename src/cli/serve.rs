@@ -31,6 +31,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<ExitCode> {
     let options = options(args, &ensemble)?;
     let model = options.model.clone();
     let backend = args.device.backend(limits(args, &ensemble)?);
+    args.device.note_fallback(args.quiet);
     let cached = backend.limits.blocks * BLOCK_SIZE;
     let server = Server::new(ensemble, backend, options)?;
     let stop = stop_signals()?;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::args::{DynamicArgs, FusionArgs, Method, ModelArgs, RunArgs, SamplingArgs};
+use super::args::{DeviceArgs, DynamicArgs, FusionArgs, Method, ModelArgs, RunArgs, SamplingArgs};
 use crate::backend::BackendOptions;
 use crate::ensemble::{Ensemble, EnsembleSpec, ExpertSpec};
 use crate::fusion::{DynamicRule, FusionRule, PerExpert};
@@ -147,9 +147,8 @@ impl SamplingArgs {
 impl RunArgs {
     /// Tells what somebody who isn't told may wonder about.
     pub(crate) fn note(&self, notes: &[&str]) {
-        for note in notes.iter().filter(|_| !self.quiet) {
-            // Nothing is lost where stderr is closed.
-            let _ = writeln!(std::io::stderr(), "note: {note}");
+        if !self.quiet {
+            notes.iter().copied().for_each(note);
         }
     }
 
@@ -166,8 +165,23 @@ impl RunArgs {
             }
             limits.blocks = limits.blocks.min(affordable);
         }
+        self.device.note_fallback(self.quiet);
         open(self.device.backend(limits), ensemble, self.quiet)
     }
+}
+
+impl DeviceArgs {
+    /// Tells of a GPU that `auto` can't use.
+    pub(crate) fn note_fallback(&self, quiet: bool) {
+        if let Some(reason) = self.device().passed_over().filter(|_| !quiet) {
+            note(&format!("--device auto is the CPU here: {reason}"));
+        }
+    }
+}
+
+/// One line on stderr. Nothing is lost where that is closed.
+fn note(text: &str) {
+    let _ = writeln!(std::io::stderr(), "note: {text}");
 }
 
 /// A generator on a backend; while weights go to a GPU, a terminal shows how far.

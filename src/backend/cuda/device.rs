@@ -5,6 +5,7 @@ use std::ffi::{CStr, CString, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use cudarc::driver::result::device;
 use cudarc::driver::sys::{self, CUdevice_attribute, CUevent_flags};
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
@@ -65,12 +66,61 @@ impl std::fmt::Debug for Gpu {
     }
 }
 
-/// How many GPUs there are that a driver is installed for; 0 without a driver.
-pub fn device_count() -> usize {
+/// The first GPU that the engine runs on; `None` where there is no driver or no GPU.
+///
+/// # Errors
+/// Why it runs on none of those that there are, in words.
+pub(crate) fn first_usable() -> Result<Option<usize>, String> {
     if !driver_is_present() {
-        return 0;
+        return Ok(None);
     }
-    CudaContext::device_count().ok().and_then(|count| usize::try_from(count).ok()).unwrap_or(0)
+    let count = match CudaContext::device_count() {
+        Ok(0) | Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Ok(None),
+        Ok(count) => count,
+        Err(error) => return Err(describe(&error)),
+    };
+    check_driver()?;
+    let mut first = None;
+    for ordinal in 0..count {
+        match check_age(ordinal) {
+            Ok(()) => return Ok(usize::try_from(ordinal).ok()),
+            Err(reason) => first = first.or(Some(reason)),
+        }
+    }
+    first.map_or(Ok(None), Err)
+}
+
+/// Fails where the driver is too old for the images.
+fn check_driver() -> Result<(), String> {
+    let found = driver_version().map_err(|error| describe(&error))?;
+    if found >= OLDEST_DRIVER {
+        return Ok(());
+    }
+    let (found, oldest) = (version(found), version(OLDEST_DRIVER));
+    Err(format!("the driver is for CUDA {found}, and {oldest} is needed (r530 or newer)"))
+}
+
+/// Fails where a GPU is too old for the images. It needs no context, which would take memory.
+fn check_age(ordinal: i32) -> Result<(), String> {
+    let look = || {
+        let device = device::get(ordinal)?;
+        let (major, minor) = (
+            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        );
+        // SAFETY: the device was given out by the driver just now.
+        let number = |attribute| unsafe { device::get_attribute(device, attribute) };
+        Ok((device::get_name(device)?, (number(major)?, number(minor)?)))
+    };
+    let (name, (major, minor)) = look().map_err(|error| describe(&error))?;
+    let oldest = OLDEST_COMPUTE_CAPABILITY;
+    if (major, minor) >= oldest {
+        return Ok(());
+    }
+    Err(format!(
+        "{name} has compute capability {major}.{minor}, and {}.{} is needed (Ampere or newer)",
+        oldest.0, oldest.1
+    ))
 }
 
 /// Whether the driver's library can be loaded. Without it, any other call of cudarc panics.
@@ -89,23 +139,16 @@ impl Gpu {
         if !driver_is_present() {
             return Err(refuse("no NVIDIA driver is installed (libcuda.so was not found)".to_owned()));
         }
-        let found = driver_version().map_err(|error| refuse(describe(&error)))?;
-        if found < OLDEST_DRIVER {
-            return Err(refuse(format!(
-                "the driver is for CUDA {}, and {} is needed (r530 or newer)",
-                version(found),
-                version(OLDEST_DRIVER)
-            )));
-        }
+        check_driver().map_err(refuse)?;
         let count = CudaContext::device_count().map_err(|error| refuse(describe(&error)))?;
-        if i32::try_from(ordinal).is_ok_and(|ordinal| ordinal >= count) || i32::try_from(ordinal).is_err() {
-            return Err(refuse(format!("there {}", gpus(count))));
-        }
+        let number = i32::try_from(ordinal).ok().filter(|&number| number < count);
+        let number = number.ok_or_else(|| refuse(format!("there {}", gpus(count))))?;
+        check_age(number).map_err(refuse)?;
         let context = CudaContext::new(ordinal).map_err(|error| refuse(describe(&error)))?;
         // SAFETY: no memory is allocated yet. Without tracking, the order of work is ours to keep: all that touches
         // one buffer runs in one stream, or streams wait for each other by events.
         unsafe { context.disable_event_tracking() };
-        Self::inspect(ordinal, context).map_err(|error| refuse(describe(&error)))?.check_age(refuse)
+        Self::inspect(ordinal, context).map(Arc::new).map_err(|error| refuse(describe(&error)))
     }
 
     fn inspect(ordinal: usize, context: Arc<CudaContext>) -> Result<Self, DriverError> {
@@ -121,17 +164,6 @@ impl Gpu {
             launches: AtomicU64::new(0),
             failure: OnceLock::new(),
         })
-    }
-
-    fn check_age(self, refuse: impl Fn(String) -> Error) -> Result<Arc<Self>> {
-        let ((major, minor), oldest) = (self.compute_capability, OLDEST_COMPUTE_CAPABILITY);
-        if (major, minor) < oldest {
-            return Err(refuse(format!(
-                "{} has compute capability {major}.{minor}, and {}.{} is needed (Ampere or newer)",
-                self.name, oldest.0, oldest.1
-            )));
-        }
-        Ok(Arc::new(self))
     }
 
     /// Its number.

@@ -60,6 +60,7 @@ impl TargetArgs {
         let mut targets = Vec::new();
         for device in devices {
             let plain = DeviceArgs::new(device, None, self.eager);
+            plain.note_fallback(false);
             if plain.gpu().is_some() || self.threads.is_empty() {
                 targets.push(Target::measure(plain)?);
                 continue;

@@ -43,7 +43,7 @@ pub const SHARED_DEFAULT: u32 = 48 << 10;
 pub const SHARED_RESERVED: u32 = 1 << 10;
 
 /// All profiles; the first is the default.
-pub const PROFILES: [Profile; 3] = [
+pub const PROFILES: [Profile; 4] = [
     Profile {
         key: "a100",
         name: "NVIDIA A100-SXM4-40GB",
@@ -88,6 +88,22 @@ pub const PROFILES: [Profile; 3] = [
         memory_clock: 2_619_000,
         bus_width: 5120,
         core_clock: 1_980_000,
+    },
+    // Older than what today's images are for: programs must say so.
+    Profile {
+        key: "t4",
+        name: "Tesla T4",
+        capability: (7, 5),
+        multiprocessors: 40,
+        memory: 16 << 30,
+        shared_per_multiprocessor: 64 << 10,
+        shared_opt_in: 64 << 10,
+        threads_per_multiprocessor: 1024,
+        blocks_per_multiprocessor: 16,
+        l2: 4 << 20,
+        memory_clock: 5_001_000,
+        bus_width: 256,
+        core_clock: 1_590_000,
     },
 ];
 
@@ -164,7 +180,7 @@ mod tests {
         assert_eq!(Profile::chosen(None), Ok(PROFILES[0]));
         assert_eq!(Profile::chosen(Some("h100".as_ref())).unwrap().key, "h100");
         for wrong in ["H100", ""] {
-            let message = format!("VCUDA_PROFILE: no card `{wrong}`; there are a100, rtx4090, h100");
+            let message = format!("VCUDA_PROFILE: no card `{wrong}`; there are a100, rtx4090, h100, t4");
             assert_eq!(Profile::chosen(Some(wrong.as_ref())), Err(message));
         }
     }

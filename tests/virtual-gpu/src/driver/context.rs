@@ -9,7 +9,14 @@ entry! {
     }
 
     fn cuDriverGetVersion(version: *mut c_int) {
-        give(version, module::DRIVER_VERSION)
+        let reported = match std::env::var(module::DRIVER_VERSION_VARIABLE) {
+            Ok(text) => text.parse().map_err(|_| {
+                errors::remember(&format!("{}: no number: {text}", module::DRIVER_VERSION_VARIABLE));
+                code::INVALID_VALUE
+            })?,
+            Err(_) => module::DRIVER_VERSION,
+        };
+        give(version, reported)
     }
 
     fn cuDeviceGetCount(count: *mut c_int) {

@@ -13,6 +13,8 @@ use std::ffi::{CStr, c_char, c_int, c_uint};
 
 /// The driver that is imitated: CUDA 12.8, PTX 8.7.
 pub const DRIVER_VERSION: c_int = 12_080;
+/// The environment variable with another version to report, so that programs can be seen refusing an old driver.
+pub const DRIVER_VERSION_VARIABLE: &str = "VCUDA_DRIVER_VERSION";
 /// Under this name a device counts the mutations that found their place.
 pub(super) const MUTATION: &str = "mutation";
 const PTX_VERSION: (u32, u32) = (8, 7);
