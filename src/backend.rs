@@ -282,6 +282,12 @@ pub trait Backend {
     /// Only where the device fails.
     fn fuse(&mut self, rows: &[FuseRow<'_>], decisions: &mut Vec<Result<Decision>>) -> Result<Duration>;
 
+    /// Whether the times that [`forward`](Self::forward) and [`fuse`](Self::fuse) return say anything about the device:
+    /// one that is only imitated has no clock.
+    fn has_clock(&self) -> bool {
+        true
+    }
+
     /// Kernels launched so far, those in graphs included; 0 where nothing is launched.
     fn launches(&self) -> u64;
 

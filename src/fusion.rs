@@ -15,6 +15,7 @@ pub mod reference;
 pub mod refine;
 mod rows;
 
+use std::fmt;
 use std::str::FromStr;
 
 use arrayvec::ArrayVec;
@@ -35,6 +36,9 @@ pub struct AlphaGrid {
     candidates: ArrayVec<f64, MAX_CANDIDATES>,
     /// The candidates, and others between them where they are more than [`FINE_STEP`] apart.
     fine: ArrayVec<f64, MAX_CANDIDATES>,
+    /// Start, stop and step, as they were given.
+    bounds: [f64; 3],
+    inclusive: bool,
 }
 
 /// How far apart points may be between which the continuous minimum is sought: a cell several times as wide holds more
@@ -76,7 +80,8 @@ impl AlphaGrid {
         let parts = ((step / FINE_STEP - 1e-6).ceil().max(1.0) as usize).min(parts);
         let point = |k: usize| round(start + k as f64 * (step / parts as f64));
         let candidates = (0..count).map(|k| round(start + k as f64 * step)).collect();
-        Ok(Self { candidates, fine: (0..(count - 1) * parts + 1).map(point).collect() })
+        let fine = (0..(count - 1) * parts + 1).map(point).collect();
+        Ok(Self { candidates, fine, bounds: [start, stop, step], inclusive })
     }
 
     /// The candidates, in increasing order.
@@ -112,11 +117,19 @@ impl FromStr for AlphaGrid {
     }
 }
 
+/// As it is parsed.
+impl fmt::Display for AlphaGrid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [start, stop, step] = self.bounds;
+        write!(f, "{start}:{stop}:{step}{}", if self.inclusive { ":inclusive" } else { "" })
+    }
+}
+
 impl Default for AlphaGrid {
-    /// The paper's twenty candidates 0.0, 0.1, … 1.9.
+    /// The paper's twenty candidates 0.0, 0.1, … 1.9: `0:2:0.1`.
     fn default() -> Self {
         let candidates: ArrayVec<f64, MAX_CANDIDATES> = (0..20).map(|k| f64::from(k) / 10.0).collect();
-        Self { fine: candidates.clone(), candidates }
+        Self { fine: candidates.clone(), candidates, bounds: [0.0, 2.0, 0.1], inclusive: false }
     }
 }
 

@@ -10,6 +10,7 @@ mod text;
 mod top;
 
 use std::collections::VecDeque;
+use std::ops::Add;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -167,6 +168,18 @@ impl StepTime {
     }
 }
 
+impl Add for StepTime {
+    type Output = Self;
+
+    fn add(self, more: Self) -> Self {
+        Self {
+            large: self.large + more.large,
+            small: self.small + more.small,
+            fusion: self.fusion + more.fusion,
+        }
+    }
+}
+
 /// One decided token.
 #[derive(Clone, Debug)]
 pub struct Step {
@@ -190,8 +203,8 @@ pub struct Step {
     pub top: Vec<(u32, f64)>,
     /// Set on a request's last step.
     pub finish: Option<FinishReason>,
-    /// What the token cost.
-    pub time: StepTime,
+    /// What the token cost; `None` on a device without a clock.
+    pub time: Option<StepTime>,
 }
 
 /// Decodes requests with one ensemble on one backend.
@@ -439,6 +452,7 @@ impl Generator {
             let count = rows.len().max(1) as u32;
             let fusion = self.backend.fuse(&rows, &mut self.scratch.decisions)?;
             let time = StepTime { fusion: fusion / count, ..time };
+            let time = self.backend.has_clock().then_some(time);
 
             let mut decisions = self.scratch.decisions.drain(..);
             for p in &mut pending {

@@ -120,6 +120,42 @@ fn a_trace_has_one_record_a_token_with_every_field() {
 }
 
 #[test]
+fn results_say_how_alpha_was_sought() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (records, output) = (path("trace.jsonl"), path("out.jsonl"));
+    let go = |more: &[&str]| {
+        let base = ["generate", "--prompt", SUM, "-n", "2"];
+        let result = json_lines(&[&base[..], &["--json", "--trace", &records], more].concat()).remove(0);
+        json_lines(&[&base[..], &["--output", &output], more].concat());
+        let settings: Value =
+            serde_json::from_str(&fs::read_to_string(path("out.jsonl.run.json")).unwrap()).unwrap();
+        assert_eq!(settings["rule"], result["fusion"]);
+        let grids: Vec<Value> =
+            trace(Path::new(&records)).iter().map(|record| record["alpha_grid"].clone()).collect();
+        assert!(grids.iter().all(|grid| *grid == result["fusion"]["alpha_grid"]), "{grids:?}");
+        result["fusion"].clone()
+    };
+    let paper = serde_json::json!({"method": "dynamic", "alpha_grid": "0:2:0.1", "alpha_every": 1, "search": "grid",
+        "objective": "both"});
+    assert_eq!(go(&[]), paper);
+    // Twenty and twenty-one candidates aren't the same.
+    assert_eq!(go(&["--alpha-grid", "0:2:0.1:inclusive"])["alpha_grid"], "0:2:0.1:inclusive");
+    let other = serde_json::json!({"method": "dynamic", "alpha_grid": "-0.5:1:0.25,0:1.5:0.05", "alpha_every": 4,
+        "search": "refine", "objective": "reverse"});
+    let flags = ["--alpha-grid", "-0.5:1:0.25,0:1.5:0.05", "--alpha-every", "4", "--search", "refine"];
+    assert_eq!(go(&[&flags[..], &["--objective", "reverse"]].concat()), other);
+    let fixed = go(&["--method", "static", "--alpha", "0.5,1"]);
+    assert_eq!(fixed, serde_json::json!({"method": "static", "alpha": [0.5, 1.0]}));
+    assert_eq!(go(&["--method", "expert:sums"]), serde_json::json!({"method": "expert", "expert": "sums"}));
+    assert_eq!(go(&["--method", "large"]), serde_json::json!({"method": "large"}));
+
+    let scored = json_lines(&["score", "--ids", "5,6,7", "--json", "--alpha-grid", "0:1:0.5"]).remove(0);
+    assert_eq!(scored["fusion"]["alpha_grid"], "0:1:0.5");
+    assert!(scored["tokens"].as_array().unwrap().iter().all(|token| token["alpha_grid"] == "0:1:0.5"));
+}
+
+#[test]
 fn identities_hold_on_the_command_line() {
     let ids = |args: &[&str]| {
         let base = ["generate", "--prompt", SUM, "-n", "16", "--json"];
@@ -356,6 +392,23 @@ fn inspect_tells_what_models_are() {
     assert_eq!(wrong["ensemble"]["possible"], false);
     assert!(wrong["ensemble"]["reason"].as_str().unwrap().contains("small and expert 0"));
     fails(&["inspect", "no/such/dir"], "no/such/dir");
+
+    // A BOS that one of them doesn't get.
+    let demo = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo").join(name);
+    let dir = tempfile::tempdir().unwrap();
+    for file in fs::read_dir(demo("expert-sums")).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), dir.path().join(file.file_name())).unwrap();
+    }
+    fs::write(dir.path().join("tokenizer_config.json"), r#"{"bos_token": "<s>", "add_bos_token": false}"#)
+        .unwrap();
+    let (large, small) = (demo("large"), demo("small"));
+    let dirs = [large.to_str().unwrap(), small.to_str().unwrap(), dir.path().to_str().unwrap()];
+    let report = json_lines(&[&["inspect", "--json"][..], &dirs].concat()).remove(0);
+    let reason = "the large and expert 0 models differ in what their tokenizers put before a prompt: token ";
+    assert!(report["ensemble"]["reason"].as_str().unwrap().starts_with(reason), "{report}");
+    let models = ["--large", dirs[0], "--small", dirs[1], "--expert", dirs[2]];
+    fails(&[&["generate", "--prompt", "a"][..], &models].concat(), reason);
 }
 
 #[test]

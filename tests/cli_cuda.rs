@@ -95,6 +95,38 @@ fn a_gpu_that_is_not_there_is_named() {
     assert!(message.contains("--kv-memory 1"), "{message}");
 }
 
+/// The virtual device has no clock: what it takes on the host would pass for a GPU's speed.
+#[test]
+fn no_time_of_the_virtual_device_is_told() {
+    let dir = TempDir::new().unwrap();
+    let trace = dir.path().join("trace.jsonl");
+    let records = || -> Vec<Value> {
+        let text = std::fs::read_to_string(&trace).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let go = |device: &str, more: &[&str]| {
+        let traced = ["--trace", trace.to_str().unwrap()];
+        json(&[&PROMPT[..], &[device], &traced, more].concat())
+    };
+    // In graphs, eagerly, and where only one model runs.
+    for more in [&[][..], &["--eager"], &["--method", "large"]] {
+        let result = go("cuda", more);
+        let timings = result["timings"].as_object().unwrap();
+        assert_eq!(timings.len(), 5);
+        assert!(timings.values().all(Value::is_null), "{more:?}: {timings:?}");
+        assert!(
+            records().iter().all(|record| record["ms"].is_null() && record.get("ms").is_some()),
+            "{more:?}"
+        );
+    }
+    let scored = json(&["score", "--json", "--text", "Tom has 3 apples.", "--device", "cuda"]);
+    assert!(scored["tokens"].as_array().unwrap().iter().all(|token| token["ms"].is_null()));
+    // On the CPU all are numbers.
+    let result = go("cpu", &[]);
+    assert!(result["timings"].as_object().unwrap().values().all(Value::is_number));
+    assert!(records().iter().all(|record| record["ms"].is_number()));
+}
+
 #[test]
 fn auto_is_the_cpu_where_the_gpu_or_its_driver_is_too_old() {
     let with = |card, driver, device, more: &[&str]| {

@@ -95,6 +95,7 @@ pub struct CudaBackend {
     ensemble: Arc<Ensemble>,
     limits: Limits,
     gpu: Arc<Gpu>,
+    has_clock: bool,
     checker: Checker,
     /// `(2, models, slots, vocab_stride)`: the halves take turns where a step is computed ahead.
     logits: Buffer<f32>,
@@ -156,6 +157,7 @@ impl CudaBackend {
             on_small.with_logits(logits_bytes).check(&small_gpu)?;
         }
         let stream = gpu.stream()?;
+        let start = gpu.stamp(&stream)?;
         let logits = gpu.zeros(&stream, 2 * half, "logits")?;
         gpu.synchronize(&stream)?;
         let large = Group::new(&gpu, &ensemble, of_role(true), limits, progress)?;
@@ -181,9 +183,12 @@ impl CudaBackend {
             _ => None,
         };
         let ahead = Ahead::new(&gpu, &stream, graphs && relay.is_none())?;
+        // All weights went up since the start: no real clock shows nothing for that.
+        let has_clock = gpu.seconds(&start, &gpu.stamp(&stream)?)?.is_some();
         gpu.synchronize(&stream)?;
         Ok(Self {
             ahead,
+            has_clock,
             checker: Checker::default(),
             limits,
             logits,
@@ -353,6 +358,10 @@ impl Backend for CudaBackend {
             });
         }
         Ok(time.unwrap_or_else(|| started.elapsed()))
+    }
+
+    fn has_clock(&self) -> bool {
+        self.has_clock
     }
 
     fn launches(&self) -> u64 {

@@ -37,7 +37,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<ExitCode> {
         requests.push(args.sampling.request(prompts, &rule)?);
     }
     let settings = settings_of(args, &ensemble, &rule);
-    let mut view = View::open(args, &ensemble, &items, &settings)?;
+    let mut view = View::open(args, &ensemble, &items, &rule, &settings)?;
     let done = view.done;
     let mut generator = args.run.generator(Arc::clone(&ensemble), &requests)?;
     let prompt_tokens: Vec<usize> = requests.iter().map(prompt_tokens).collect();
@@ -70,7 +70,7 @@ fn settings_of(args: &GenerateArgs, ensemble: &Ensemble, rule: &FusionRule) -> V
     let number = |value: f32| value.to_string().parse().unwrap_or(f64::from(value));
     json!({
         "models": settings::models(ensemble),
-        "rule": format!("{rule:?}"),
+        "rule": settings::rule(rule, ensemble),
         "chat": args.chat,
         "max_new_tokens": sampling.max_new_tokens,
         "min_new_tokens": sampling.min_new_tokens,
@@ -125,32 +125,32 @@ struct Run {
     steps: Vec<Step>,
     text: String,
     finish: Option<FinishReason>,
-    time: StepTime,
+    /// `None` from a device without a clock.
+    time: Option<StepTime>,
     failure: Option<String>,
 }
 
 impl Run {
     fn new(prompt_tokens: usize) -> Self {
-        let time = StepTime::default();
+        let time = Some(StepTime::default());
         Self { prompt_tokens, steps: Vec::new(), text: String::new(), finish: None, time, failure: None }
     }
 
     fn add(&mut self, step: Step) {
         self.text.push_str(&step.text);
         self.finish = step.finish;
-        self.time.large += step.time.large;
-        self.time.small += step.time.small;
-        self.time.fusion += step.time.fusion;
+        self.time = both(self.time, step.time);
         self.steps.push(step);
     }
 
-    fn to_json(&self, item: &Item) -> Value {
+    fn to_json(&self, item: &Item, fusion: &Value) -> Value {
         let prompt = prompt_json(item);
         if let Some(failure) = &self.failure {
             return json!({ "prompt": prompt, "error": failure });
         }
-        let ms = |time: Duration| time.as_secs_f64() * 1e3;
-        let (tokens, total) = (self.steps.len(), self.time.total());
+        let ms = |of: fn(&StepTime) -> Duration| self.time.map(|time| of(&time).as_secs_f64() * 1e3);
+        let tokens = self.steps.len();
+        let speed = |time: StepTime| tokens as f64 / time.total().as_secs_f64().max(1e-9);
         json!({
             "prompt": prompt,
             "text": self.text,
@@ -161,34 +161,42 @@ impl Run {
                 "completion_tokens": tokens,
                 "total_tokens": self.prompt_tokens + tokens,
             },
+            "fusion": fusion,
             "timings": {
-                "total_ms": ms(total),
-                "large_ms": ms(self.time.large),
-                "small_ms": ms(self.time.small),
-                "fusion_ms": ms(self.time.fusion),
-                "tokens_per_second": tokens as f64 / total.as_secs_f64().max(1e-9),
+                "total_ms": ms(StepTime::total),
+                "large_ms": ms(|time| time.large),
+                "small_ms": ms(|time| time.small),
+                "fusion_ms": ms(|time| time.fusion),
+                "tokens_per_second": self.time.map(speed),
             },
         })
     }
 }
 
+/// The sum, where both are known.
+fn both(a: Option<StepTime>, b: Option<StepTime>) -> Option<StepTime> {
+    Some(a? + b?)
+}
+
 /// What the closing line tells of all prompts.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Totals {
     tokens: usize,
-    time: StepTime,
+    time: Option<StepTime>,
     alpha: f64,
     with_alpha: usize,
 }
 
 impl Totals {
+    fn new() -> Self {
+        Self { tokens: 0, time: Some(StepTime::default()), alpha: 0.0, with_alpha: 0 }
+    }
+
     /// Takes in a prompt that is done, and leaves nothing of it: there may be many thousands.
     fn take(&mut self, run: &mut Run) {
         let run = std::mem::replace(run, Run::new(0));
         self.tokens += run.steps.len();
-        self.time.large += run.time.large;
-        self.time.small += run.time.small;
-        self.time.fusion += run.time.fusion;
+        self.time = both(self.time, run.time);
         for alpha in run.steps.iter().filter_map(alpha) {
             self.alpha += alpha;
             self.with_alpha += 1;
@@ -200,6 +208,9 @@ impl Totals {
 struct View<'a> {
     ensemble: &'a Ensemble,
     items: &'a [Item],
+    /// As results and traces repeat them.
+    fusion: Value,
+    alpha_grid: Option<String>,
     json: Option<JsonLines>,
     trace: Option<JsonLines>,
     order: InOrder<usize>,
@@ -220,6 +231,7 @@ impl<'a> View<'a> {
         args: &GenerateArgs,
         ensemble: &'a Ensemble,
         items: &'a [Item],
+        rule: &FusionRule,
         settings: &Value,
     ) -> Result<Self> {
         check_distinct(&[
@@ -256,8 +268,9 @@ impl<'a> View<'a> {
             Some(path) => Some(JsonLines::create(path)?),
             None => None,
         };
-        let progress = if items.len() > 1 && !args.run.quiet && (json.is_none() || args.run.output.is_some())
-        {
+        // JSON that scrolls over a terminal shows its progress itself.
+        let elsewhere = args.run.output.is_some() || !io::stdout().is_terminal();
+        let progress = if items.len() > 1 && !args.run.quiet && (json.is_none() || elsewhere) {
             progress_bar(items.len())?
         } else {
             ProgressBar::hidden()
@@ -267,6 +280,8 @@ impl<'a> View<'a> {
         Ok(Self {
             ensemble,
             items,
+            fusion: settings::rule(rule, ensemble),
+            alpha_grid: settings::alpha_grid(rule),
             json,
             trace,
             order: InOrder::from(done),
@@ -277,7 +292,7 @@ impl<'a> View<'a> {
             progress,
             started: Instant::now(),
             failed: false,
-            totals: Totals::default(),
+            totals: Totals::new(),
         })
     }
 
@@ -301,7 +316,7 @@ impl<'a> View<'a> {
                 writeln!(io::stderr(), "error: {}: {failure}", place(self.items.len() > 1, index))?;
             }
             match &mut self.json {
-                Some(json) => json.write(&runs[index].to_json(&self.items[index]))?,
+                Some(json) => json.write(&runs[index].to_json(&self.items[index], &self.fusion))?,
                 None => print("\n")?,
             }
             self.totals.take(&mut runs[index]);
@@ -316,7 +331,8 @@ impl<'a> View<'a> {
     fn show(&mut self, run: &Run, index: usize) -> Result<()> {
         for step in &run.steps[self.shown..] {
             if let Some(trace) = &mut self.trace {
-                trace.write(&TokenRecord::new(index, step, self.ensemble))?;
+                let grid = self.alpha_grid.as_deref();
+                trace.write(&TokenRecord::new(index, step, self.ensemble, grid))?;
             }
             if self.json.is_none() {
                 self.progress.suspend(|| print(&self.token(step)))?;
@@ -354,14 +370,20 @@ fn alpha(step: &Step) -> Option<f64> {
 fn closing_line(totals: &Totals, elapsed: Duration, color: bool) -> String {
     let Totals { tokens, time, alpha, with_alpha } = totals;
     let each = |time: Duration| time.as_secs_f64() * 1e3 / (*tokens).max(1) as f64;
-    let (large, small, fusion) = (each(time.large), each(time.small), each(time.fusion));
-    let mut parts = vec![
-        format!("{:.1} tokens/s", *tokens as f64 / elapsed.as_secs_f64().max(1e-9)),
-        format!("{:.2} ms/token", large + small + fusion),
-    ];
-    for (name, ms) in [("large", large), ("small and experts", small), ("fusion", fusion)] {
-        if ms > 0.0 {
-            parts.push(format!("{name} {ms:.2}"));
+    let mut parts = Vec::new();
+    match time {
+        // The device has no clock, and the host's would pass for its speed.
+        None => parts.push(format!("{tokens} tokens")),
+        Some(time) => {
+            parts.push(format!("{:.1} tokens/s", *tokens as f64 / elapsed.as_secs_f64().max(1e-9)));
+            parts.push(format!("{:.2} ms/token", each(time.total())));
+            for (name, time) in
+                [("large", time.large), ("small and experts", time.small), ("fusion", time.fusion)]
+            {
+                if !time.is_zero() {
+                    parts.push(format!("{name} {:.2}", each(time)));
+                }
+            }
         }
     }
     if *with_alpha > 0 {

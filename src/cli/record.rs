@@ -6,7 +6,7 @@ use crate::ensemble::Ensemble;
 use crate::generate::Step;
 
 /// What is known of one decided token. Arrays have one entry an expert; what the method doesn't compute is null or
-/// an empty array. `argmax_*_text` are the texts of single tokens, and miss where there is no tokenizer.
+/// an empty array. `ms` is null on a device without a clock. `argmax_*_text` are the texts of single tokens, and miss where there is no tokenizer.
 #[derive(Debug, Serialize)]
 pub(crate) struct TokenRecord<'a> {
     prompt_index: usize,
@@ -16,6 +16,8 @@ pub(crate) struct TokenRecord<'a> {
     /// The name of the active expert.
     expert: Option<&'a str>,
     alpha: &'a [f64],
+    /// What α was chosen from, as `--alpha-grid` takes it; none where it wasn't searched for.
+    alpha_grid: Option<&'a str>,
     loss: Option<f64>,
     kl_fused_large: Option<f64>,
     kl_large_fused: Option<f64>,
@@ -30,11 +32,16 @@ pub(crate) struct TokenRecord<'a> {
     argmax_expert: &'a [u32],
     argmax_expert_text: Vec<String>,
     changed: Option<bool>,
-    ms: f64,
+    ms: Option<f64>,
 }
 
 impl<'a> TokenRecord<'a> {
-    pub(crate) fn new(prompt_index: usize, step: &'a Step, ensemble: &'a Ensemble) -> Self {
+    pub(crate) fn new(
+        prompt_index: usize,
+        step: &'a Step,
+        ensemble: &'a Ensemble,
+        alpha_grid: Option<&'a str>,
+    ) -> Self {
         let decision = &step.decision;
         let text = |&id: &u32| own_text(ensemble, id);
         Self {
@@ -44,6 +51,7 @@ impl<'a> TokenRecord<'a> {
             text: &step.piece,
             expert: decision.expert.and_then(|t| ensemble.expert_name(t)),
             alpha: &decision.alpha,
+            alpha_grid,
             loss: decision.loss,
             kl_fused_large: decision.kl_fused_large,
             kl_large_fused: decision.kl_large_fused,
@@ -58,7 +66,7 @@ impl<'a> TokenRecord<'a> {
             argmax_expert: &decision.argmax_expert,
             argmax_expert_text: decision.argmax_expert.iter().filter_map(text).collect(),
             changed: decision.changed(),
-            ms: step.time.total().as_secs_f64() * 1e3,
+            ms: step.time.map(|time| time.total().as_secs_f64() * 1e3),
         }
     }
 }

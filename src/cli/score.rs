@@ -1,6 +1,6 @@
 //! `dlf-engine score`.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -16,6 +16,7 @@ use super::record::TokenRecord;
 use super::settings;
 use crate::ensemble::Ensemble;
 use crate::error::Error;
+use crate::fusion::FusionRule;
 use crate::generate::{Request, Step};
 
 pub(super) fn run(args: &ScoreArgs) -> Result<ExitCode> {
@@ -29,8 +30,8 @@ pub(super) fn run(args: &ScoreArgs) -> Result<ExitCode> {
         texts.push(Text::new(&encoder, item).with_context(|| format!("text {index}"))?);
     }
 
-    let settings = json!({ "models": settings::models(&ensemble), "rule": format!("{rule:?}") });
-    let mut out = Output::open(args, &ensemble, &texts, &settings)?;
+    let settings = json!({ "models": settings::models(&ensemble), "rule": settings::rule(&rule, &ensemble) });
+    let mut out = Output::open(args, &ensemble, &texts, &rule, &settings)?;
     let requests: Vec<Request> = texts.iter().map(|text| text.request().rule(rule.clone())).collect();
     let mut generator = args.run.generator(Arc::clone(&ensemble), &requests)?;
     // Which text each request is: a text of one id has no position to score.
@@ -123,6 +124,7 @@ struct Scored<'a> {
     ids: Vec<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<&'a str>,
+    fusion: &'a Value,
     tokens: Vec<TokenRecord<'a>>,
     sum_logprob_fused: Option<f64>,
 }
@@ -131,6 +133,9 @@ struct Scored<'a> {
 struct Output<'a> {
     ensemble: &'a Ensemble,
     texts: &'a [Text],
+    /// As results repeat them.
+    fusion: Value,
+    alpha_grid: Option<String>,
     json: Option<JsonLines>,
     order: InOrder<(usize, Vec<Step>, Option<String>)>,
     progress: indicatif::ProgressBar,
@@ -138,7 +143,13 @@ struct Output<'a> {
 }
 
 impl<'a> Output<'a> {
-    fn open(args: &ScoreArgs, ensemble: &'a Ensemble, texts: &'a [Text], settings: &Value) -> Result<Self> {
+    fn open(
+        args: &ScoreArgs,
+        ensemble: &'a Ensemble,
+        texts: &'a [Text],
+        rule: &FusionRule,
+        settings: &Value,
+    ) -> Result<Self> {
         check_distinct(&[("--input", args.input.as_deref()), ("--output", args.run.output.as_deref())])?;
         let (json, done) = match &args.run.output {
             Some(path) if args.run.resume => {
@@ -154,14 +165,24 @@ impl<'a> Output<'a> {
         if let Some(output) = &args.run.output {
             settings::keep(output, settings)?;
         }
-        let to_file = args.run.output.is_some();
-        let progress = if texts.len() > 1 && !args.run.quiet && to_file {
+        // On a terminal, the tables show it.
+        let elsewhere = args.run.output.is_some() || !io::stdout().is_terminal();
+        let progress = if texts.len() > 1 && !args.run.quiet && elsewhere {
             progress_bar(texts.len())?
         } else {
             indicatif::ProgressBar::hidden()
         };
         progress.set_position(done as u64);
-        Ok(Self { ensemble, texts, json, order: InOrder::from(done), progress, failed: false })
+        Ok(Self {
+            ensemble,
+            texts,
+            fusion: settings::rule(rule, ensemble),
+            alpha_grid: settings::alpha_grid(rule),
+            json,
+            order: InOrder::from(done),
+            progress,
+            failed: false,
+        })
     }
 
     fn finish(&mut self, index: usize, steps: Vec<Step>, failure: Option<String>) -> Result<()> {
@@ -173,7 +194,11 @@ impl<'a> Output<'a> {
             let scored = Scored {
                 ids: self.texts[index].ids(),
                 error: failure.as_deref(),
-                tokens: steps.iter().map(|step| TokenRecord::new(index, step, self.ensemble)).collect(),
+                fusion: &self.fusion,
+                tokens: steps
+                    .iter()
+                    .map(|step| TokenRecord::new(index, step, self.ensemble, self.alpha_grid.as_deref()))
+                    .collect(),
                 sum_logprob_fused: failure
                     .is_none()
                     .then(|| steps.iter().map(|step| step.decision.logprob_fused).sum()),

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::ensemble::Ensemble;
 use crate::eval::fingerprint;
+use crate::fusion::{FusionRule, Objective, SearchMode};
 use crate::model::LlamaModel;
 use crate::weights::{Linear, Tensor};
 
@@ -25,6 +26,36 @@ pub(super) fn models(ensemble: &Ensemble) -> Vec<Value> {
         })
     };
     ensemble.models().iter().map(describe).collect()
+}
+
+/// The rule, by the names of the command line.
+pub(super) fn rule(rule: &FusionRule, ensemble: &Ensemble) -> Value {
+    let method = rule.name();
+    match rule {
+        FusionRule::Dynamic(dynamic) => json!({
+            "method": method,
+            "alpha_grid": alpha_grid(rule),
+            "alpha_every": dynamic.every,
+            "search": match dynamic.mode {
+                SearchMode::Grid => "grid",
+                SearchMode::Refine => "refine",
+            },
+            "objective": match dynamic.objective {
+                Objective::Both => "both",
+                Objective::Forward => "forward",
+                Objective::Reverse => "reverse",
+            },
+        }),
+        FusionRule::Static(alpha) => json!({ "method": method, "alpha": alpha.as_slice() }),
+        FusionRule::Expert(expert) => json!({ "method": method, "expert": ensemble.expert_name(*expert) }),
+        FusionRule::Large | FusionRule::Small => json!({ "method": method }),
+    }
+}
+
+/// What α is chosen from, as `--alpha-grid` takes it; none where it isn't searched for.
+pub(super) fn alpha_grid(rule: &FusionRule) -> Option<String> {
+    let FusionRule::Dynamic(dynamic) = rule else { return None };
+    Some(dynamic.grids.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))
 }
 
 /// Both ends of every tensor, and the config.

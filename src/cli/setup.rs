@@ -187,7 +187,7 @@ fn note(text: &str) {
 /// A generator on a backend; while weights go to a GPU, a terminal shows how far.
 pub(crate) fn open(options: BackendOptions, ensemble: Arc<Ensemble>, quiet: bool) -> Result<Generator> {
     let bytes = ensemble.memory().weight_bytes as u64;
-    let style = ProgressStyle::with_template("weights {bar:30} {bytes}/{total_bytes} · {bytes_per_sec}")?;
+    let style = ProgressStyle::with_template("weights {bar:30} {bytes}/{total_bytes}")?;
     let mut bar: Option<ProgressBar> = None;
     let backend = options.open_with(Arc::clone(&ensemble), &mut |sent| {
         // Only a GPU sends anything.

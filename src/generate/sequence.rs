@@ -82,7 +82,12 @@ impl Sequence {
     }
 
     /// Takes in the decision of the next step, and the most probable tokens where they were asked for.
-    pub(crate) fn advance(&mut self, decision: Decision, top: Vec<(u32, f64)>, time: StepTime) -> Step {
+    pub(crate) fn advance(
+        &mut self,
+        decision: Decision,
+        top: Vec<(u32, f64)>,
+        time: Option<StepTime>,
+    ) -> Step {
         let (index, token) = (self.decided, decision.token);
         let forced = index < self.request.forced.len();
         if self.searches(index) {

@@ -136,8 +136,9 @@ impl Prepared {
     /// All that the results depend on: a run is resumed, and shards are merged, only where it is the same.
     pub(crate) fn info(&self, args: &TaskArgs) -> Value {
         let methods = self.methods.iter();
-        let methods: Vec<Value> =
-            methods.map(|(label, rule)| json!({ "method": label, "rule": format!("{rule:?}") })).collect();
+        let methods: Vec<Value> = methods
+            .map(|(label, rule)| json!({ "method": label, "rule": settings::rule(rule, &self.ensemble) }))
+            .collect();
         let hex = |number: u64| format!("{number:016x}");
         json!({
             "task": self.task.name(),
