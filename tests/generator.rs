@@ -1,17 +1,21 @@
 //! The `Generator` on a backend that plays a script: scheduling, prefix sharing, limits, stops.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, reason = "a test")]
 
+#[path = "support/directory.rs"]
+mod directory;
 #[path = "support/scripted.rs"]
 mod scripted;
 #[path = "support/tiny.rs"]
 mod tiny;
+#[path = "support/vocabulary.rs"]
+mod vocabulary;
 
 use std::sync::Arc;
 
 use dlf_engine::backend::Limits;
 use dlf_engine::fusion::{DynamicRule, FusionRule};
 use dlf_engine::generate::{FinishReason, Generator, Request, Step, blocks_needed};
-use dlf_engine::{Ensemble, Error};
+use dlf_engine::{Ensemble, EnsembleSpec, Error};
 use proptest::prelude::*;
 use scripted::Scripted;
 
@@ -257,4 +261,40 @@ fn a_request_that_waits_can_be_cancelled() {
     generator.push(Request::new(vec![1], 1)).unwrap();
     assert_eq!(generator.by_ref().map(Result::unwrap).map(|step| step.request).collect::<Vec<_>>(), [2]);
     assert!(generator.cache().all(|cache| cache.used == 0));
+}
+
+/// What [`say`] says, byte by byte: every token of a character but one is a part of it.
+const SAID: &str = "ab🙂c, 猫。d";
+
+fn say(tokens: &[u32]) -> u32 {
+    3 + u32::from(SAID.as_bytes()[(tokens.len() - 1) % SAID.len()])
+}
+
+#[test]
+fn a_stop_string_may_end_inside_a_character_of_several_tokens() {
+    let dir = tempfile::tempdir().unwrap();
+    directory::write_model(dir.path(), &directory::config_with(serde_json::json!({"vocab_size": 300})));
+    std::fs::write(dir.path().join("tokenizer.json"), vocabulary::byte_level().to_string()).unwrap();
+    let spec = EnsembleSpec { large: Some(dir.path().to_owned()), ..EnsembleSpec::default() };
+    let ensemble = Arc::new(Ensemble::load(&spec).unwrap());
+    for (stop, text) in
+        [("猫", "ab🙂c, "), ("🙂", "ab"), ("c, 猫", "ab🙂"), ("。", "ab🙂c, 猫"), ("🙃", SAID)]
+    {
+        let backend = Scripted::new(LIMITS, 1, say);
+        let mut generator = Generator::new(Arc::clone(&ensemble), Box::new(backend));
+        let request = Request { stop_strings: vec![stop.to_owned()], ..Request::new(vec![5], SAID.len()) };
+        generator.push(request.rule(FusionRule::Large)).unwrap();
+        let steps = run(generator);
+        let shown: Vec<&str> = steps.iter().map(|step| step.text.as_str()).collect();
+        assert_eq!(shown.concat(), text, "{stop}");
+        // It ends with the token that holds the last byte of the stop string, and of nothing that isn't whole.
+        let end = SAID.find(stop).map_or(SAID.len(), |start| start + stop.len());
+        assert_eq!(
+            tokens_of(&steps, 0),
+            SAID.bytes().take(end).map(|byte| 3 + u32::from(byte)).collect::<Vec<_>>()
+        );
+        let finish = if SAID.contains(stop) { FinishReason::Stop } else { FinishReason::Length };
+        assert_eq!(steps.last().unwrap().finish, Some(finish), "{stop}");
+        assert!(shown.iter().all(|text| !text.contains(char::REPLACEMENT_CHARACTER)), "{shown:?}");
+    }
 }
