@@ -3,20 +3,16 @@
 
 #[path = "support/directory.rs"]
 mod directory;
-#[path = "support/vocabulary.rs"]
-mod vocabulary;
 
 use std::fs;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use dlf_engine::Error;
 use dlf_engine::adapter::LoraAdapter;
 use dlf_engine::config::LlamaConfig;
-use dlf_engine::tokenizer::{Tokenizer, TokenizerFiles};
+use dlf_engine::tokenizer::Tokenizer;
 use dlf_engine::weights::{Dtype, LlamaWeights, Tensor, TensorData};
 use half::{bf16, f16};
-use proptest::prelude::*;
 use serde_json::{Value, json};
 
 fn parse(config: &Value) -> LlamaConfig {
@@ -403,120 +399,4 @@ fn adapters_must_fit() {
     fs::write(dir.path().join("adapter_config.json"), rank.to_string()).unwrap();
     let message = LoraAdapter::load(dir.path(), &config).unwrap_err().to_string();
     assert!(message.contains("expected shape [4, 8], found shape [2, 8]"), "{message}");
-}
-
-/// A JSON value that is anything but what a field should be.
-fn junk() -> impl Strategy<Value = Value> {
-    prop_oneof![
-        Just(Value::Null),
-        any::<bool>().prop_map(Value::from),
-        any::<i64>().prop_map(Value::from),
-        any::<u64>().prop_map(Value::from),
-        (0_u64..5).prop_map(Value::from),
-        any::<f64>().prop_map(Value::from),
-        "[a-z0-9\\-]{0,6}".prop_map(Value::from),
-        proptest::collection::vec(any::<i64>(), 0..4).prop_map(Value::from),
-        Just(json!({"rope_type": "yarn", "factor": 0})),
-        Just(json!({"rope_type": "llama3"})),
-        Just(json!({"a": {"b": [null]}})),
-    ]
-}
-
-/// Sets a field of the tree, found by counting `at` down through all of them.
-fn corrupt(value: &mut Value, at: &mut usize, junk: &Value) -> bool {
-    if *at == 0 {
-        *value = junk.clone();
-        return true;
-    }
-    *at -= 1;
-    match value {
-        Value::Array(items) => items.iter_mut().any(|item| corrupt(item, at, junk)),
-        Value::Object(fields) => fields.iter_mut().any(|(_, field)| corrupt(field, at, junk)),
-        _ => false,
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(512) })]
-
-    #[test]
-    fn hostile_configurations(field in 0_usize..16, value in junk(), extra in "[a-z_]{1,20}") {
-        let mut config = directory::config();
-        let names: Vec<String> = config.as_object().unwrap().keys().cloned().collect();
-        let name = names.get(field).unwrap_or(&extra);
-        config[name] = value;
-        match LlamaConfig::from_json(Path::new("dir/config.json"), &config.to_string(), Some(&config.to_string())) {
-            // What loads must be usable: no frequency may be NaN, no size absurd.
-            Ok(config) => {
-                let rope = dlf_engine::rope::Rope::new(&config);
-                prop_assert!(rope.inv_freq().iter().all(|f| f.is_finite()), "{config:?}");
-                prop_assert!(config.context() > 0 && config.kv_bytes_per_token() > 0);
-            }
-            Err(error) => prop_assert!(error.to_string().starts_with("dir/"), "{error}"),
-        }
-    }
-
-    #[test]
-    fn hostile_rope(kind in prop::sample::select(vec!["linear", "dynamic", "llama3", "yarn"]),
-            numbers in proptest::collection::vec(prop_oneof![Just(0.0), Just(1.0), Just(1e6), 1e-9..1e9, any::<f64>()], 8)) {
-        let names = ["rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale"];
-        let mut rope = json!({"rope_type": kind, "mscale_all_dim": 1, "original_max_position_embeddings": 1});
-        for (name, number) in names.iter().zip(numbers) {
-            rope[*name] = json!(number);
-        }
-        let config = directory::config_with(json!({"rope_parameters": rope}));
-        if let Ok(config) = LlamaConfig::from_json(Path::new("config.json"), &config.to_string(), None) {
-            let rope = dlf_engine::rope::Rope::new(&config);
-            let (mut cos, mut sin) = ([0.0; 3], [0.0; 3]);
-            rope.cos_sin(100, &mut cos, &mut sin);
-            prop_assert!(cos.iter().chain(&sin).all(|x| x.is_finite()), "{config:?} {cos:?}");
-        }
-    }
-
-    #[test]
-    fn truncated_and_damaged_safetensors(cut in any::<prop::sample::Index>(), at in any::<prop::sample::Index>(), byte in any::<u8>()) {
-        let config = parse(&directory::config());
-        let whole = directory::safetensors(&directory::tensors(&directory::config()));
-        let started = Instant::now();
-        let truncated = whole[..cut.index(whole.len())].to_vec();
-        let message = from_bytes(truncated, &config).unwrap_err().to_string();
-        prop_assert!(message.starts_with("model.safetensors: "), "{message}");
-        // A damaged byte of the header; one of the data is a number like any other.
-        let mut damaged = whole.clone();
-        let length = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
-        damaged[at.index(8 + length)] = byte;
-        if let Err(error) = from_bytes(damaged, &config) {
-            prop_assert!(error.to_string().starts_with("model.safetensors: "), "{error}");
-        }
-        prop_assert!(started.elapsed() < Duration::from_secs(5));
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(96) })]
-
-    #[test]
-    fn hostile_tokenizers(at in 0_usize..700, value in junk(), cut in any::<prop::sample::Index>(), kind in any::<bool>()) {
-        let mut tokenizer = if kind { vocabulary::byte_level() } else { vocabulary::sentencepiece() };
-        // Most of the 700 are entries of the vocabulary: every other time, one of the few other fields.
-        let mut at = if at % 2 == 0 { at } else { at % 90 };
-        corrupt(&mut tokenizer, &mut at, &value);
-        let text = tokenizer.to_string();
-        let load = |text: &[u8]| {
-            Tokenizer::from_files(Path::new("dir"), TokenizerFiles { tokenizer: text, ..TokenizerFiles::default() })
-        };
-        match load(text.as_bytes()) {
-            Ok(tokenizer) => {
-                // Whatever loads must not panic either.
-                if let Ok(ids) = tokenizer.encode("the cat 猫 <s>", true) {
-                    tokenizer.decode(&ids);
-                }
-                let all: Vec<u32> = (0..300).collect();
-                tokenizer.decode(&all);
-            }
-            Err(error) => prop_assert!(error.to_string().starts_with("dir/tokenizer.json: "), "{error}"),
-        }
-        let error = load(&text.as_bytes()[..cut.index(text.len())]).unwrap_err();
-        prop_assert!(error.to_string().starts_with("dir/tokenizer.json: "), "{error}");
-    }
 }
