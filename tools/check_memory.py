@@ -1,6 +1,6 @@
 """Checks how much memory a generation takes: the mapped weights, the key-value cache, and less than 100 MB.
 
-A prompt of 512 tokens is read and 64 more are decoded, on the CPU; the peak is what the kernel counts as resident,
+A prompt of 512 tokens is read and 64 more are decoded, on two threads; the peak is what the kernel counts as resident,
 pages of the mapped weights included. Needs nothing but Python.
 """
 
@@ -39,7 +39,8 @@ def main() -> None:
         cache = described["kv_bytes_per_token"] * -(-(PROMPT + NEW) // BLOCK) * BLOCK
         ids = ",".join(str(1000 + 7 * k) for k in range(PROMPT))
         request = ["--prompt-ids", ids, "--max-new-tokens", str(NEW), "--ignore-eos"]
-        command = [arguments.binary, "generate", "--device", "cpu", "--method", "large", "--large", str(model), *request]
+        place = ["--device", "cpu", "--threads", "2", "--method", "large", "--large", str(model)]
+        command = [arguments.binary, "generate", *place, *request]
         peak = peak_bytes(command)
         besides = peak - weights - cache
         mb = [round(number / 1e6, 1) for number in (peak, weights, cache, besides)]
