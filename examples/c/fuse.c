@@ -1,6 +1,7 @@
 /* Fusion of logits that another engine computed. No model is loaded.
  *
- * cc -std=c11 -I src/bindings/c/include examples/c/fuse.c -L target/release -ldlf_engine -o fuse */
+ * cargo build --release -p dlf-engine-c
+ * cc -std=c11 -I src/bindings/c/include examples/c/fuse.c -L target/release -ldlf_engine -Wl,-rpath,$PWD/target/release -o fuse */
 #include <stdio.h>
 
 #include "dlf_engine.h"

@@ -1,6 +1,7 @@
 /* Text from the demo ensemble, or from directories: generate PROMPT [LARGE SMALL EXPERT...]
  *
- * cc -std=c11 -I src/bindings/c/include examples/c/generate.c -L target/release -ldlf_engine -o generate */
+ * cargo build --release -p dlf-engine-c
+ * cc -std=c11 -I src/bindings/c/include examples/c/generate.c -L target/release -ldlf_engine -Wl,-rpath,$PWD/target/release -o generate */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
