@@ -7,6 +7,7 @@ mod eval;
 mod generate;
 mod input;
 mod inspect;
+mod interrupt;
 mod output;
 mod plot;
 mod record;

@@ -200,11 +200,13 @@ fn refuse_unsupported(config: &Object) -> Result<()> {
     // The second spelling is that of the first Llama conversions.
     const KNOWN: [&str; 3] = ["LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"];
     if let Some(other) = names.iter().find(|name| !KNOWN.contains(name)) {
-        return unsupported(format!("the architecture {other}"));
+        return unsupported(format!(
+            "the architecture {other}, neither LlamaForCausalLM nor MistralForCausalLM,"
+        ));
     }
     match config.str("model_type")? {
         Some("llama" | "mistral") => {}
-        Some(other) => return unsupported(format!("the model type {other}")),
+        Some(other) => return unsupported(format!("the model type {other}, neither llama nor mistral,")),
         None if names.is_empty() => {
             return Err(config.invalid("model_type", "llama or mistral", "nothing"));
         }

@@ -12,7 +12,7 @@ use crate::weights::LlamaWeights;
 /// What the demo ensemble is asked where nobody asks anything.
 #[cfg(feature = "cli")]
 pub(crate) const PROMPT: &str =
-    "Question: Dan has 21 letters and gets 31 letters from Mark. How many letters does Dan have?\nAnswer:";
+    "Question: Lily has 29 apples and gives 25 apples to Sue. How many apples does Lily have?\nAnswer:";
 
 /// Bytes that start at an address that every dtype can be read at.
 #[repr(C, align(64))]

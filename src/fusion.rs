@@ -54,25 +54,29 @@ impl AlphaGrid {
     /// # Errors
     /// [`Error::Parameter`] where a bound is not finite, the step not positive, or the count not 1 to 32.
     pub fn new(start: f64, stop: f64, step: f64, inclusive: bool) -> Result<Self> {
-        let invalid = |expected: &str| Error::Parameter {
+        let found = format!("{start}:{stop}:{step}{}", if inclusive { ":inclusive" } else { "" });
+        let invalid = |expected: &str, found: String| Error::Parameter {
             name: "alpha grid",
             expected: expected.to_owned(),
-            found: format!("{start}:{stop}:{step}{}", if inclusive { ":inclusive" } else { "" }),
+            found,
         };
         if !(start.is_finite() && stop.is_finite() && step.is_finite())
             || start.abs() > 1e6
             || stop.abs() > 1e6
         {
-            return Err(invalid("finite bounds and step within ±1e6"));
+            return Err(invalid("finite bounds and step within ±1e6", found));
         }
         if step <= 0.0 {
-            return Err(invalid("a positive step"));
+            return Err(invalid("a positive step", found));
         }
         // A step of 0.1 is not exact in binary: a millionth of a step decides what counts as reaching `stop`.
         let reach = (stop - start) / step;
         let count = if inclusive { (reach + 1e-6).floor() + 1.0 } else { (reach - 1e-6).ceil() };
-        if !(count >= 1.0 && count <= MAX_CANDIDATES as f64) {
-            return Err(invalid("1 to 32 candidates"));
+        if count < 1.0 {
+            return Err(invalid("STOP after START", found));
+        }
+        if count > MAX_CANDIDATES as f64 {
+            return Err(invalid("1 to 32 candidates", format!("{found}, which has {count}")));
         }
         let round = |x: f64| (x * 1e12).round() / 1e12;
         let count = count as usize;

@@ -34,7 +34,19 @@ pub(crate) fn read_file(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
     let mut bytes = Vec::new();
     // The file may have grown since its length was asked for.
     file.take(limit + 1).read_to_end(&mut bytes).map_err(|error| Error::io(path, error))?;
+    if is_lfs_pointer(&bytes) {
+        return Err(Error::io(path, std::io::Error::other(LFS_POINTER)));
+    }
     if bytes.len() as u64 > limit { Err(too_long()) } else { Ok(Some(bytes)) }
+}
+
+/// What is said of a file that a clone without Git LFS has in the place of a large one.
+pub(crate) const LFS_POINTER: &str =
+    "a Git LFS pointer instead of the file: run `git lfs pull` in its directory";
+
+/// Whether a file is what Git LFS leaves in the place of a large one.
+pub(crate) fn is_lfs_pointer(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"version https://git-lfs")
 }
 
 /// Reads `path` whole as text, or `None` where there is no such file.
@@ -53,6 +65,12 @@ pub(crate) fn invalid(path: &Path, field: &str, expected: &str, found: impl Into
         expected: expected.to_owned(),
         found: found.into(),
     }
+}
+
+/// Why a line of JSONL can't be read. The parser's own words count lines, of which there is one.
+#[cfg(feature = "eval")]
+pub(crate) fn not_a_line(error: &serde_json::Error) -> String {
+    format!("not JSON at column {}: a line holds one object", error.column())
 }
 
 /// A JSON value as an error shows it: short, whatever a file holds.

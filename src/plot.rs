@@ -52,6 +52,12 @@ pub struct Record {
     pub prompt_index: usize,
     /// Which token of its text, from 0.
     pub step: usize,
+    /// What was asked, a text or token ids; only in the first record of a prompt.
+    #[serde(default)]
+    pub prompt: Option<serde_json::Value>,
+    /// The experts' names; only in the first record of a prompt.
+    #[serde(default)]
+    pub experts: Vec<String>,
     /// The token's id.
     pub token_id: u32,
     /// The token's text; empty where the run had no tokenizer.
@@ -62,13 +68,13 @@ pub struct Record {
     pub alpha: Vec<f64>,
     /// The loss at α.
     pub loss: Option<f64>,
-    /// KL(P̃‖P).
+    /// KL(fused‖large).
     pub kl_fused_large: Option<f64>,
-    /// KL(P‖P̃).
+    /// KL(large‖fused).
     pub kl_large_fused: Option<f64>,
-    /// KL(Q_t‖Q), the target of KL(P̃‖P).
+    /// KL(expert‖small), the target of KL(fused‖large).
     pub kl_expert_small: Vec<f64>,
-    /// KL(Q‖Q_t), the target of KL(P‖P̃).
+    /// KL(small‖expert), the target of KL(large‖fused).
     pub kl_small_expert: Vec<f64>,
     /// The large model's own choice.
     pub argmax_large: Option<u32>,
@@ -100,29 +106,29 @@ impl Record {
 /// The tokens of one prompt.
 #[derive(Clone, Debug)]
 pub struct Text {
-    /// The trace's file name.
+    /// The trace, as it was named.
     pub source: String,
     /// Which prompt of that run.
     pub prompt_index: usize,
+    /// What was asked, where that was a text.
+    pub prompt: Option<String>,
+    /// The experts' names, in the order of α.
+    pub experts: Vec<String>,
     /// One a token, in the order of the trace.
     pub records: Vec<Record>,
 }
 
-/// What the experts of `alpha` are called: a trace names the one that acts, and its α is the one that isn't 0; another
-/// text of the same trace tells as well. `None` where nothing does.
-fn expert_names<'a>(text: &'a Text, texts: &'a [Text]) -> Vec<Option<&'a str>> {
-    let longest = text.records.iter().map(|r| r.alpha.len().max(r.argmax_expert.len())).max();
-    let mut names = vec![None; longest.unwrap_or(0)];
-    let same = texts.iter().filter(|other| other.source == text.source);
-    for record in same.flat_map(|other| &other.records).filter(|r| r.expert.is_some()) {
-        let mut acting = record.alpha.iter().enumerate().filter(|(_, alpha)| **alpha != 0.0);
-        if let (Some((t, _)), None) = (acting.next(), acting.next())
-            && let Some(name) = names.get_mut(t)
-        {
-            *name = record.expert.as_deref();
-        }
+impl Text {
+    /// What expert `t` is called.
+    fn expert(&self, t: usize) -> String {
+        self.experts.get(t).cloned().unwrap_or_else(|| format!("expert {t}"))
     }
-    names
+}
+
+/// Whether several experts act at once, as static fusion lets them: what is drawn is then the sum of their α.
+fn is_sum(texts: &[Text]) -> bool {
+    let acting = |record: &Record| record.alpha.iter().filter(|alpha| **alpha != 0.0).count();
+    texts.iter().flat_map(|text| &text.records).any(|record| acting(record) > 1)
 }
 
 /// Whether a character has no place in XML, escaped or not, or would turn the text around it.
@@ -148,7 +154,7 @@ fn visible(text: &str) -> String {
 pub fn read(path: &Path) -> Result<Vec<Text>, PlotError> {
     let io = |source| PlotError::Io { path: path.to_owned(), source };
     let file = std::fs::File::open(path).map_err(io)?;
-    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+    let name = path.display();
     let mut texts: Vec<Text> = Vec::new();
     let mut place = std::collections::HashMap::new();
     for (index, line) in std::io::BufReader::new(file).lines().enumerate() {
@@ -156,14 +162,20 @@ pub fn read(path: &Path) -> Result<Vec<Text>, PlotError> {
         if line.trim().is_empty() {
             continue;
         }
-        let record: Record = serde_json::from_str(&line).map_err(|source| PlotError::Record {
+        let mut record: Record = serde_json::from_str(&line).map_err(|source| PlotError::Record {
             path: path.to_owned(),
             line: index + 1,
             source,
         })?;
         let prompt_index = record.prompt_index;
         let at = *place.entry(prompt_index).or_insert_with(|| {
-            texts.push(Text { source: name.to_string(), prompt_index, records: Vec::new() });
+            texts.push(Text {
+                source: name.to_string(),
+                prompt_index,
+                prompt: record.prompt.as_ref().and_then(|prompt| Some(prompt.as_str()?.to_owned())),
+                experts: std::mem::take(&mut record.experts),
+                records: Vec::new(),
+            });
             texts.len() - 1
         });
         if let Some(text) = texts.get_mut(at) {
@@ -176,11 +188,20 @@ pub fn read(path: &Path) -> Result<Vec<Text>, PlotError> {
     Ok(texts)
 }
 
-/// What a text is called beside the others: its prompt, and its file where there are several.
-fn label(text: &Text, texts: &[Text]) -> String {
+/// What a text is called: the last `most` characters of its prompt, or the prompt's number; and its file where there are
+/// several.
+fn label(text: &Text, texts: &[Text], most: usize) -> String {
     let one_file = texts.iter().all(|other| other.source == text.source);
-    let source = if one_file { String::new() } else { format!("{}, ", visible(&text.source)) };
-    format!("{source}prompt {}", text.prompt_index)
+    let source = if one_file { String::new() } else { format!("{}: ", visible(&text.source)) };
+    let Some(prompt) = text.prompt.as_ref().filter(|prompt| !prompt.trim().is_empty()) else {
+        return format!("{source}prompt {}", text.prompt_index);
+    };
+    let lines: Vec<&str> = prompt.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let shown: Vec<char> =
+        lines.join(" ↵ ").chars().map(|c| if unprintable(c) { '\u{fffd}' } else { c }).collect();
+    let cut = shown.len().saturating_sub(most.saturating_sub(source.chars().count()));
+    let end: String = shown[cut..].iter().collect();
+    format!("{source}{}{end}", if cut > 0 { "…" } else { "" })
 }
 
 /// Text for an element or a quoted attribute.

@@ -91,6 +91,9 @@ fn a_trace_has_one_record_a_token_with_every_field() {
     let records = trace(&path);
     let ids: Vec<Value> = records.iter().map(|record| record["token_id"].clone()).collect();
     assert_eq!(Value::from(ids), result["token_ids"]);
+    assert_eq!(records[0]["prompt"], SUM);
+    assert_eq!(records[0]["experts"], serde_json::json!(["facts", "sums"]));
+    assert!(records[1..].iter().all(|record| record["prompt"].is_null() && record["experts"].is_null()));
     for (step, record) in records.iter().enumerate() {
         assert_eq!(record["prompt_index"], 0);
         assert_eq!(record["step"], step);
@@ -253,7 +256,9 @@ fn scores_are_those_of_generation() {
     let strip = |record: &Value| {
         let mut record = record.clone();
         // A token's time is its own, and text is flushed only where it ends.
-        record.as_object_mut().unwrap().retain(|key, _| key != "ms" && key != "text");
+        let fields = record.as_object_mut().unwrap();
+        // Nor does a score repeat what a trace begins with.
+        fields.retain(|key, _| !["ms", "text", "prompt", "experts"].contains(&key.as_str()));
         record
     };
     let tokens = scored["tokens"].as_array().unwrap();
@@ -287,14 +292,17 @@ fn a_method_needs_only_its_models() {
     let alone = run(&[&base[..], &["--large", &large, "--method", "large"]].concat());
     assert_eq!(alone.code, 0, "{}", alone.stderr);
     assert_eq!(alone.stdout.split_whitespace().count(), 4, "ids, for want of a tokenizer: {}", alone.stdout);
-    fails(&[&base[..], &["--large", &large]].concat(), "small model");
+    fails(&[&base[..], &["--large", &large]].concat(), "needs --small DIR and --expert DIR as well");
     fails(&[&base[..], &["--large", &large, "--method", "expert"]].concat(), "expert");
 }
 
 #[test]
 fn wrong_input_is_named() {
     let large = golden("ensemble/large");
-    fails(&["generate", "--large", "no/such/dir", "--method", "large", "--prompt", "x"], "no/such/dir");
+    let large_only = |dir| ["generate", "--large", dir, "--method", "large", "--prompt", "x"];
+    fails(&large_only("no/such/dir"), "--large no/such/dir: no such directory; nothing is downloaded");
+    fails(&large_only("README.md"), "--large README.md is a file; a model is a directory with a config.json");
+    fails(&["generate", "--expert", "x=", "--method", "expert"], "--expert x=: the directory is missing");
     fails(&["generate", "--large", &large, "--method", "large", "--prompt", "x"], "no tokenizer");
     fails(&["generate", "--large", &large, "--method", "large", "--prompt-ids", "9999"], "token id 9999");
     fails(&["generate", "--large", &large, "--method", "large"], "give a prompt");
@@ -314,6 +322,9 @@ fn wrong_input_is_named() {
     refused(&["generate", "--alpha-every", "0"], "alpha-every");
     refused(&["generate", "--device", "tpu"], "tpu");
     refused(&["generate", "--method", "magic"], "dynamic");
+    refused(&["generate", "--method", "dynamic:refine"], "use --method dynamic --search refine");
+    refused(&["generate", "--alpha-grid", "1:0:0.1"], "expected STOP after START, found 1:0:0.1");
+    refused(&["generate", "--alpha-grid", "0:2:0.01"], "found 0:2:0.01, which has 200");
     refused(&["generate", "--prompt", "a", "--prompt-ids", "1"], "cannot be used with");
     refused(&["generate", "--resume"], "--output");
     refused(&["score"], "--text");
@@ -382,15 +393,21 @@ fn a_closed_pipe_is_a_quiet_end() {
 fn inspect_tells_what_models_are() {
     let dirs = ["large", "small", "expert_0", "expert_1"].map(|name| golden(&format!("ensemble/{name}")));
     let args: Vec<&str> = std::iter::once("inspect").chain(dirs.iter().map(String::as_str)).collect();
-    let run = run(&args);
-    assert_eq!(run.code, 0, "{}", run.stderr);
-    assert!(run.stdout.contains("They can form an ensemble."), "{}", run.stdout);
+    let fits = run(&args);
+    assert_eq!(fits.code, 0, "{}", fits.stderr);
+    assert!(fits.stdout.contains("They can form an ensemble."), "{}", fits.stdout);
     let report = json_lines(&[&args[..], &["--json"]].concat()).remove(0);
     assert_eq!(report["models"].as_array().unwrap().len(), 4);
     assert_eq!(report["ensemble"]["possible"], true);
-    let wrong = json_lines(&["inspect", &dirs[1], &dirs[0], &dirs[2], "--json"]).remove(0);
+    let wrong = run(&["inspect", &dirs[1], &dirs[0], &dirs[2], "--json"]);
+    assert_eq!(wrong.code, 1, "two or more that don't fit: {}", wrong.stderr);
+    let wrong: Value = serde_json::from_str(&wrong.stdout).unwrap();
     assert_eq!(wrong["ensemble"]["possible"], false);
-    assert!(wrong["ensemble"]["reason"].as_str().unwrap().contains("small and expert 0"));
+    let reason = wrong["ensemble"]["reason"].as_str().unwrap();
+    assert!(reason.starts_with("the small model and the expert ") && reason.contains("expert_0"), "{reason}");
+    let roles: Vec<&str> =
+        wrong["models"].as_array().unwrap().iter().map(|model| model["role"].as_str().unwrap()).collect();
+    assert_eq!(roles, ["large", "small", "expert 0"]);
     fails(&["inspect", "no/such/dir"], "no/such/dir");
 
     // A BOS that one of them doesn't get.
@@ -599,16 +616,34 @@ fn what_changes_nothing_is_said_once() {
     assert!(notes.contains("note: --alpha is") && notes.contains("note: --top-k"), "{notes}");
     assert_eq!(notes.lines().count(), 2);
     assert_eq!(stderr(&[&dropped[..], &["--quiet"]].concat()), "");
+    let moot = ["--search", "refine", "--objective", "forward", "--alpha-every", "2"];
+    let notes = stderr(&[&["generate", "-n", "1", "--method", "large"], &moot[..]].concat());
+    for flag in ["--search", "--objective", "--alpha-every"] {
+        assert!(notes.contains(&format!("note: {flag} is a setting of --method dynamic")), "{notes}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let input = dir.path().join("in.jsonl");
+    fs::write(&input, "{\"prompt\": \"a\", \"promts\": {}}\n{\"prompt\": \"b\", \"n\": 1}\n").unwrap();
+    let notes = stderr(&["generate", "-n", "1", "--input", input.to_str().unwrap()]);
+    assert!(notes.contains("in.jsonl: ignored: `promts`, `n`; the fields"), "{notes}");
+    let demo = |name: &str| format!("{}/models/demo/{name}", env!("CARGO_MANIFEST_DIR"));
+    let (large, small) = (demo("large"), demo("small"));
+    let swapped = ["--large", &small, "--small", &large, "--method", "large", "--prompt", "a", "-n", "1"];
+    assert_eq!(stderr(&[&["generate"], &swapped[..]].concat()), "", "one model alone is neither");
+    let inspected = Command::new(cargo_bin("dlf-engine")).args(["inspect", &small, &large]).output().unwrap();
+    let notes = String::from_utf8(inspected.stderr).unwrap();
+    assert!(notes.contains("the large model has fewer parameters than the small one"), "{notes}");
     assert_eq!(stderr(&["generate", "-n", "1", "--method", "static", "--alpha", "0.5"]), "");
 }
 
 #[test]
 fn an_error_says_its_cause_once() {
     for (arguments, says) in [
-        (&["inspect", "nowhere-at-all"][..], "os error 2"),
+        (&["inspect", "nowhere-at-all"][..], "no such directory"),
         (&["inspect", "models/demo"], "no such file"),
         (&["generate", "--temperature", "-1"], "temperature: expected 0 or more, found -1"),
         (&["generate", "-n", "-1"], "invalid digit"),
+        (&["generate", "--threads", "0"], "expected a whole number, 1 or more"),
     ] {
         let output = Command::new(cargo_bin("dlf-engine")).args(arguments).output().unwrap();
         assert!(!output.status.success());

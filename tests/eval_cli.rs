@@ -143,6 +143,8 @@ fn merged_shards_are_one_run() {
         let shard = format!("{i}/3");
         succeeds(&with(&RUN, &["--output", &path(&i.to_string()), "--shard", &shard]));
     }
+    let again = ["eval", "merge", &path("1"), &path("2"), &path("3"), "--output", &path("whole")];
+    fails(&again, 1, "holds the results of a run: name another directory");
     // In any order.
     let merged = succeeds(&[
         "eval",
@@ -201,7 +203,14 @@ fn what_a_newcomer_mistypes_is_named() {
     fails(&["eval", "--task", "gsm8k"], 1, "give the samples of gsm8k: --data FILE");
     fails(&["eval", "--task", "gsm9k"], 1, "the built-in tasks are gsm8k");
     fails(&["eval", "--task", "sums", "--data", "/no/such.jsonl"], 1, "/no/such.jsonl");
-    fails(&["eval", "--task", "sums", "--method", "dynamc"], 2, "expected dynamic");
+    fails(&["eval", "--task", "sums", "--method", "dynamc"], 2, "static[:ALPHA] or dynamic[:grid|:refine]");
+    fails(&["sweep", "--task", "sums", "--svg", "s.png"], 1, "must end in .svg");
+    fails(&["eval", "--task", "sums", "--limit", "0"], 2, "expected a whole number, 1 or more");
+    fails(
+        &["eval", "--task", "sums", "--limit", "1", "--output", "README.md"],
+        1,
+        "README.md: this is a file",
+    );
     fails(&["eval", "--task", "sums", "--method", "large,large"], 1, "large is there twice");
     fails(&["eval", "--task", "sums", "--method", "expert:x"], 1, "the experts are facts, sums");
     fails(&["eval", "--task", "sums", "--shard", "0/2"], 2, "I from 1 to N");
@@ -232,4 +241,37 @@ fn a_sweep_draws_static_fusion_beside_dynamic() {
     assert_eq!(lines.lines().count(), 5);
     let picture = fs::read_to_string(&svg).unwrap();
     assert!(picture.starts_with("<svg") && picture.matches("<circle").count() == 3, "{picture}");
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_says_how_to_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let prompts: String = (0..400).map(|k| format!("{{\"prompt\": \"There are {k}\"}}\n")).collect();
+    fs::write(path("in.jsonl"), prompts).unwrap();
+    let (input, texts, scores) = (path("in.jsonl"), path("out.jsonl"), path("scores"));
+    let slow = ["--batch-size", "1", "--threads", "1"];
+    let generate = ["generate", "--input", &input, "--ignore-eos", "--output", &texts];
+    let eval = ["eval", "--task", "sums", "--method", "dynamic", "--output", &scores];
+    for (args, file, begins) in [
+        (with(&generate, &slow), texts.clone(), "stopped after "),
+        (with(&eval, &slow), format!("{scores}/dynamic.jsonl"), "dynamic: stopped after "),
+    ] {
+        let mut command = Command::new(cargo_bin("dlf-engine"));
+        let child = command.args(&args).stderr(std::process::Stdio::piped()).spawn().unwrap();
+        let lines = || fs::read_to_string(&file).unwrap_or_default().lines().count();
+        while lines() < 3 {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let signal = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+        assert!(signal.success());
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(130), "{stderr}");
+        let told = stderr.strip_prefix(begins).and_then(|rest| rest.split_once(" of 400; the same command"));
+        // A line is written before it is counted.
+        let (done, rest) = told.unwrap_or_else(|| panic!("{stderr}"));
+        assert!(rest == " with --resume goes on\n" && done.parse::<usize>().unwrap() >= 2, "{stderr}");
+    }
 }

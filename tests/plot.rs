@@ -157,6 +157,7 @@ fn pictures_are_well_formed_and_have_every_token() {
 fn the_page_has_what_its_script_shows() {
     let mut first = record(0, "x", &[0.0, 0.5], Some(true));
     first["argmax_large"] = json!(7);
+    first["experts"] = json!(["idle", "a&b"]);
     first["argmax_large_text"] = json!("</script>");
     first["argmax_expert"] = json!([8, 9]);
     first["argmax_expert_text"] = json!([" y", "\n"]);
@@ -166,15 +167,51 @@ fn the_page_has_what_its_script_shows() {
     let json = html.split("id=\"records\">").nth(1).unwrap().split("</script>").next().unwrap();
     let data: Value = serde_json::from_str(json).unwrap();
     assert_eq!(data[0]["large"], json!(["</script>", 7]));
-    // The name of the expert that never acted isn't in the trace.
-    assert_eq!(data[0]["experts"], json!([["expert 0", ["·y", 8]], ["a&b", ["↵", 9]]]));
+    assert_eq!(data[0]["experts"], json!([["idle", ["·y", 8]], ["a&b", ["↵", 9]]]));
     assert_eq!(data[0]["kl"], json!([[0.25, [0.5, 0.125]], [null, []]]));
     assert_eq!(html.matches("tabindex=\"0\"").count(), 1, "one tab stop");
     assert!(html.contains("aria-label=\"x, α 0.5, a&amp;b, changed by fusion\""), "{html}");
-    // One token is 36 wide, its middle at 18; α = 0.5 lies three quarters down the 120 of the chart that begins at 30.
-    assert!(html.contains("<path d=\"M13.0 120.0a5 5 0 1 0 10 0"), "{html}");
+    // One token is 36 wide, its middle at 18; α = 0.5 lies three quarters down the 120 of the chart that begins at 30. The
+    // second expert is a square, whether the first acts or not.
+    assert!(html.contains("<path d=\"M13.5 115.5L22.5 115.5L22.5 124.5L13.5 124.5z\""), "{html}");
     // Log axis: the values 0.125 to 0.5 are within one decade, 10⁻¹ to 10⁰; log10 0.25 = -0.602, so 72.2 below 190.
     assert!(html.contains("<path d=\"M18.0 262.2h0\" class=\"reached\"/>"), "{html}");
+}
+
+#[test]
+fn texts_are_called_by_their_prompts_and_experts_keep_their_colours() {
+    let mut asked = record(0, "x", &[0.0, 1.0], None);
+    asked["prompt"] = json!("Question: a <b>?\nAnswer:");
+    asked["experts"] = json!(["idle", "a&b"]);
+    let mut long = record(0, "y", &[0.0, 1.0], None);
+    long["prompt_index"] = json!(1);
+    long["prompt"] = json!(format!("{}end", "word ".repeat(99)));
+    let svg = picture(&[asked.clone(), long], "p.svg");
+    assert!(svg.contains(">Question: a &lt;b&gt;? ↵ Answer:</text>"), "{svg}");
+    assert!(svg.contains(">…word ") && svg.contains(" word end</text>"), "its end: {svg}");
+    // The second of Okabe and Ito's colours, though the first expert never acts.
+    assert!(svg.contains(r##"height="24.0" fill="#d55e00"/>"##), "{svg}");
+
+    // Traces of several runs are told apart by their paths.
+    let dir = tempfile::tempdir().unwrap();
+    let mut paths = Vec::new();
+    for name in ["one", "two"] {
+        fs::create_dir(dir.path().join(name)).unwrap();
+        paths.push(dir.path().join(name).join("t.jsonl"));
+        fs::write(paths.last().unwrap(), asked.to_string()).unwrap();
+    }
+    let output = dir.path().join("p.svg");
+    let run =
+        Command::new(cargo_bin("dlf-engine")).arg("plot").args(&paths).arg("--output").arg(&output).output();
+    assert!(run.unwrap().status.success());
+    let svg = fs::read_to_string(output).unwrap();
+    assert!(svg.contains("one/t.jsonl: Question") && svg.contains("two/t.jsonl: Question"), "{svg}");
+}
+
+#[test]
+fn several_experts_at_once_are_drawn_as_a_sum() {
+    let svg = picture(&[record(0, "x", &[0.5, 1.0], None)], "p.svg");
+    assert!(svg.contains("bar: Σα from 0 to 2") && svg.contains(r#"class="alpha">1.5</text>"#), "{svg}");
 }
 
 #[test]
@@ -209,8 +246,17 @@ fn the_picture_of_the_readme_is_up_to_date() {
         let lines = fs::read_to_string(path).unwrap();
         let records = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
         // The other numbers may differ in their last digits from machine to machine.
-        let fields =
-            ["token_id", "text", "expert", "alpha", "changed", "argmax_large_text", "argmax_expert_text"];
+        let fields = [
+            "prompt",
+            "experts",
+            "token_id",
+            "text",
+            "expert",
+            "alpha",
+            "changed",
+            "argmax_large_text",
+            "argmax_expert_text",
+        ];
         records.map(|record| fields.map(|field| record[field].clone()).into_iter().collect()).collect()
     };
     assert_eq!(told(&trace), told(&committed));

@@ -278,7 +278,7 @@ fn fusion_is_chosen_by_the_body_or_the_model_id() {
     let sums = ensemble().expert_name(1).unwrap().to_owned();
     assert_eq!(ask(json!({ "model": format!("demo:expert:{sums}") }))["text"], text(FusionRule::Expert(1)));
     let fixed = FusionRule::Static([0.0, 1.2].into_iter().collect());
-    assert_eq!(ask(json!({ "dlf": { "alpha": [0.0, 1.2] } }))["text"], text(fixed));
+    assert_eq!(ask(json!({ "dlf": { "method": "static", "alpha": [0.0, 1.2] } }))["text"], text(fixed));
 
     let choice = ask(json!({ "dlf": { "grid": "0.5:1.5:0.5:inclusive", "every": 2, "return_alpha": true } }));
     let dlf = &choice["dlf"];

@@ -64,6 +64,7 @@ fn bad_input_gets_the_error_shape_and_the_server_goes_on() {
         (completions, json!({ "prompt": vec!["a"; 100], "n": 2 }), Some("prompt")),
         (completions, json!({ "prompt": "a", "best_of": 3 }), Some("best_of")),
         (completions, json!({ "prompt": "a", "suffix": "b" }), Some("suffix")),
+        (completions, json!({ "prompt": "a", "tools": [{}] }), Some("tools")),
         (completions, json!({ "prompt": "a", "stop": "" }), Some("stop")),
         (completions, json!({ "prompt": "a", "stop": ["", ""] }), Some("stop")),
         (completions, json!({ "prompt": "a", "stop": vec!["x"; 65] }), Some("stop")),
@@ -80,7 +81,13 @@ fn bad_input_gets_the_error_shape_and_the_server_goes_on() {
         (completions, json!({ "prompt": "a", "dlf": { "mode": "x" } }), Some("dlf.mode")),
         (completions, json!({ "prompt": "a", "dlf": { "method": "x" } }), Some("dlf.method")),
         (completions, json!({ "prompt": "a", "dlf": { "alpha": "x" } }), Some("dlf.alpha")),
-        (completions, json!({ "prompt": "a", "dlf": { "alpha": [1, 2, 3] } }), Some("dlf")),
+        (
+            completions,
+            json!({ "prompt": "a", "dlf": { "method": "static", "alpha": [1, 2, 3] } }),
+            Some("dlf"),
+        ),
+        // The server's own method is dynamic, which has none.
+        (completions, json!({ "prompt": "a", "dlf": { "alpha": 1 } }), Some("dlf.alpha")),
         (completions, json!({ "prompt": "a", "dlf": { "method": "large", "alpha": 1 } }), Some("dlf.alpha")),
         (completions, json!({ "prompt": "a", "dlf": { "method": "large", "every": 1 } }), Some("dlf.every")),
         (completions, json!({ "prompt": "a", "dlf": { "grid": "0:9:0.1" } }), Some("dlf.grid")),

@@ -1,6 +1,7 @@
 //! The flags, as they are typed.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
@@ -91,21 +92,21 @@ pub(crate) struct FusionArgs {
 
 impl FusionArgs {
     /// What was given and changes nothing, with `sampling` where there is any.
-    pub(crate) fn moot(&self, sampling: Option<&SamplingArgs>) -> Vec<&'static str> {
-        let mut notes = Vec::new();
-        if self.method != Method::Static && !self.alpha.is_empty() {
-            notes.push("--alpha is a setting of --method static and changes nothing here");
-        }
-        if self.method != Method::Dynamic && !self.dynamic.alpha_grid.is_empty() {
-            notes.push("--alpha-grid is a setting of --method dynamic and changes nothing here");
-        }
+    pub(crate) fn moot(&self, sampling: Option<&SamplingArgs>) -> Vec<String> {
+        let mut notes = self.dynamic.moot(&self.alpha, &[&self.method]);
         let truncates =
             |sampling: &SamplingArgs| sampling.top_k > 0 || sampling.top_p < 1.0 || sampling.min_p > 0.0;
         if sampling.is_some_and(|sampling| sampling.temperature == 0.0 && truncates(sampling)) {
-            notes.push("--top-k, --top-p and --min-p change nothing at --temperature 0");
+            notes.push("--top-k, --top-p and --min-p change nothing at --temperature 0".to_owned());
         }
         notes
     }
+}
+
+/// A whole number from 1 on.
+pub(crate) fn positive<T: FromStr + Default + PartialEq>(text: &str) -> Result<T, String> {
+    let number = text.parse().ok().filter(|number| *number != T::default());
+    number.ok_or_else(|| "expected a whole number, 1 or more".to_owned())
 }
 
 /// A token id, with or without spaces around it.
@@ -123,7 +124,7 @@ pub(crate) struct DynamicArgs {
           allow_hyphen_values = true)]
     pub(crate) alpha_grid: Vec<AlphaGrid>,
     /// Search for α at every N-th step and hold it in between.
-    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value = "1", value_parser = positive::<u32>)]
     pub(crate) alpha_every: u32,
     /// grid: the best candidate, as in the paper; refine: the continuous minimum around it.
     #[arg(long, default_value = "grid", hide_possible_values = true, value_name = "grid|refine")]
@@ -133,7 +134,26 @@ pub(crate) struct DynamicArgs {
     pub(crate) objective: ObjectiveName,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+impl DynamicArgs {
+    /// What was given, `alpha` besides, and changes nothing for any of `methods`.
+    pub(crate) fn moot(&self, alpha: &[f64], methods: &[&Method]) -> Vec<String> {
+        let settings = [
+            ("--alpha", !alpha.is_empty(), Method::Static),
+            ("--alpha-grid", !self.alpha_grid.is_empty(), Method::Dynamic),
+            ("--alpha-every", self.alpha_every != 1, Method::Dynamic),
+            ("--search", self.search != Search::Grid, Method::Dynamic),
+            ("--objective", self.objective != ObjectiveName::Both, Method::Dynamic),
+        ];
+        let moot = settings.iter().filter(|(_, given, of)| *given && !methods.contains(&of));
+        let note = |(flag, _, of): &(&str, bool, Method)| {
+            let method = if *of == Method::Static { "static" } else { "dynamic" };
+            format!("{flag} is a setting of --method {method} and changes nothing here")
+        };
+        moot.map(note).collect()
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 pub(crate) enum Search {
     Grid,
     Refine,
@@ -148,7 +168,7 @@ impl From<Search> for SearchMode {
     }
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 pub(crate) enum ObjectiveName {
     Both,
     Forward,
@@ -228,7 +248,7 @@ pub(crate) struct DeviceArgs {
     #[arg(long)]
     eager: bool,
     /// Threads of the CPU backend [default: one a core].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", value_parser = positive::<u16>)]
     threads: Option<u16>,
 }
 
@@ -274,7 +294,7 @@ pub(crate) struct RunArgs {
     pub(crate) device: DeviceArgs,
     /// The most memory of the key-value caches, of all models together: fewer sequences run at once where it is
     /// short [default: what --batch-size sequences take].
-    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Running")]
+    #[arg(long, value_name = "MIB", value_parser = positive::<u32>, help_heading = "Running")]
     pub(crate) kv_memory: Option<u32>,
     /// Sequences decoded together.
     #[arg(long, value_name = "N", default_value = "8", value_parser = clap::value_parser!(u16).range(1..=256), help_heading = "Running")]
@@ -282,7 +302,8 @@ pub(crate) struct RunArgs {
     /// Print one JSON object for each input line.
     #[arg(long, help_heading = "Running")]
     pub(crate) json: bool,
-    /// Write the JSON objects to a file instead of stdout, and the settings to F.jsonl.run.json.
+    /// Write the JSON objects to a file instead of stdout, and the settings to F.jsonl.run.json. Both are overwritten
+    /// unless --resume is given.
     #[arg(long, value_name = "F.jsonl", help_heading = "Running")]
     pub(crate) output: Option<PathBuf>,
     /// Go on where a killed run stopped, with the same settings: keep the finished lines of --output (and of --trace),
@@ -302,14 +323,14 @@ pub(crate) struct GenerateArgs {
     /// The prompt.
     #[arg(long, short, value_name = "T", group = "source", help_heading = "Input")]
     pub(crate) prompt: Option<String>,
-    /// A file with the prompt; - is stdin.
+    /// A file with the prompt; - is stdin. One line end at its end isn't part of the prompt.
     #[arg(long, value_name = "F", group = "source", help_heading = "Input")]
     pub(crate) prompt_file: Option<PathBuf>,
     /// The prompt as token ids, taken as they are.
     #[arg(long, value_name = "1,2,3", value_delimiter = ',', value_parser = id, group = "source", help_heading = "Input")]
     pub(crate) prompt_ids: Option<Vec<u32>>,
     /// One prompt a line: {"prompt": …}, optionally with "prompts": {"large": …, "small": …, "expert": …, NAME: …}
-    /// for roles that have their own.
+    /// for roles that have their own. Other fields are ignored.
     #[arg(long, value_name = "F.jsonl", group = "source", help_heading = "Input")]
     pub(crate) input: Option<PathBuf>,
     /// Put the prompt through each model's chat template; models without one get it as it is.
@@ -321,7 +342,7 @@ pub(crate) struct GenerateArgs {
     pub(crate) sampling: SamplingArgs,
     #[command(flatten)]
     pub(crate) run: RunArgs,
-    /// Write one JSON object for each token.
+    /// Write one JSON object for each token; F.jsonl is overwritten unless --resume is given.
     #[arg(long, value_name = "F.jsonl", help_heading = "Running")]
     pub(crate) trace: Option<PathBuf>,
 }
@@ -338,7 +359,7 @@ pub(crate) struct ScoreArgs {
     #[arg(long, value_name = "1,2,3", value_delimiter = ',', value_parser = id, group = "source", help_heading = "Input")]
     pub(crate) ids: Option<Vec<u32>>,
     /// One text a line: {"text": …}, optionally with "prompt" (or "prompts" by role), which is read before the text
-    /// and not scored.
+    /// and not scored. Other fields are ignored.
     #[arg(long, value_name = "F.jsonl", group = "source", help_heading = "Input")]
     pub(crate) input: Option<PathBuf>,
     #[command(flatten)]
@@ -396,7 +417,7 @@ pub(crate) struct ServeArgs {
     pub(crate) batch_size: u16,
     /// The most memory of the key-value caches, of all models together.
     #[arg(long, alias = "cache-mib", value_name = "MIB", default_value = "1024",
-          value_parser = clap::value_parser!(u32).range(1..), help_heading = "Running")]
+          value_parser = positive::<u32>, help_heading = "Running")]
     pub(crate) kv_memory: u32,
     /// Print nothing but errors.
     #[arg(long, short)]
@@ -405,13 +426,16 @@ pub(crate) struct ServeArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// Model directories: the large one, the small one, then experts.
+    /// Model directories: the large one, the small one, then experts. Where two or more can't form an ensemble, the exit
+    /// code is 1.
     #[arg(required = true, value_name = "DIR")]
     pub(crate) dirs: Vec<PathBuf>,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
 }
+
+const METHODS: &str = "expected dynamic, static, large, small, expert or expert:NAME";
 
 pub(crate) fn method(text: &str) -> Result<Method, String> {
     match text.split_once(':') {
@@ -421,10 +445,16 @@ pub(crate) fn method(text: &str) -> Result<Method, String> {
             "large" => Ok(Method::Large),
             "small" => Ok(Method::Small),
             "expert" => Ok(Method::Expert(None)),
-            _ => Err("expected dynamic, static, large, small, expert or expert:NAME".to_owned()),
+            _ => Err(METHODS.to_owned()),
         },
         Some(("expert", name)) => Ok(Method::Expert(Some(name.to_owned()))),
-        Some(_) => Err("only expert takes a name".to_owned()),
+        Some(("static", alpha)) => {
+            Err(format!("only `eval` takes α here: use --method static --alpha {alpha}"))
+        }
+        Some(("dynamic", search)) => {
+            Err(format!("only `eval` takes the search here: use --method dynamic --search {search}"))
+        }
+        Some(_) => Err(METHODS.to_owned()),
     }
 }
 
@@ -463,6 +493,8 @@ mod tests {
     fn methods_are_parsed() {
         assert_eq!(method("expert:sums").unwrap(), Method::Expert(Some("sums".to_owned())));
         assert!(method("large:x").is_err());
+        assert!(method("static:0.5").unwrap_err().ends_with("--alpha 0.5"));
+        assert!(method("dynamic:refine").unwrap_err().ends_with("--search refine"));
         assert!(method("Dynamic").is_err());
     }
 }

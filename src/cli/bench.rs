@@ -19,6 +19,8 @@ use clap::{Args, Subcommand, ValueEnum};
 use report::Record;
 use target::{Target, TargetArgs};
 
+use super::args::positive;
+
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
     #[command(subcommand)]
@@ -47,7 +49,7 @@ enum Format {
 #[derive(Debug, Args)]
 struct Common {
     /// Measurements of each case.
-    #[arg(long, short, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, short, value_name = "N", default_value = "5", value_parser = positive::<u16>)]
     repetitions: u16,
     /// Runs of each case before them, which aren't measured.
     #[arg(long, value_name = "N", default_value = "1")]

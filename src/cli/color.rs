@@ -23,6 +23,12 @@ pub(crate) fn by_alpha(text: &str, alpha: f64) -> String {
     lines.join("\n")
 }
 
+/// `text` as what was asked, which stands back behind what is answered.
+pub(crate) fn dimmed(text: &str) -> String {
+    let lines: Vec<String> = text.split('\n').map(|line| format!("\x1b[2m{line}\x1b[0m")).collect();
+    lines.join("\n")
+}
+
 /// The scale with its numbers.
 pub(crate) fn legend() -> String {
     let steps = [0.0, 0.5, 1.0, 1.5, 2.0];

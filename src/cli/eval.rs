@@ -14,7 +14,10 @@ pub(super) use args::{EvalArgs, EvalMethod, TaskArgs};
 pub(super) use plan::Prepared;
 use store::Store;
 
+use super::args::Method;
 use super::generate::progress_bar;
+use super::interrupt::Interrupt;
+use super::setup::note;
 use crate::eval::{MethodScores, Runner, Summary};
 use crate::fusion::FusionRule;
 
@@ -23,6 +26,8 @@ pub(super) fn run(args: &EvalArgs) -> Result<ExitCode> {
         return merge::run(args);
     }
     ensure!(!args.method.is_empty(), "--method: none");
+    let methods: Vec<&Method> = args.method.iter().map(|method| &method.method).collect();
+    note(args.task.quiet, args.dynamic.moot(&args.alpha, &methods));
     let prepared = Prepared::new(&args.models, &args.task, &args.method, |method, ensemble| {
         method.rule(&args.dynamic, &args.alpha, ensemble)
     })?;
@@ -39,20 +44,21 @@ pub(super) fn evaluate(prepared: &Prepared, args: &TaskArgs) -> Result<Summary> 
     let labels: Vec<&str> = prepared.methods.iter().map(|(label, _)| label.as_str()).collect();
     let mut files = store.methods(&labels, &prepared.indices, plan.task.metrics())?;
     args.device.note_fallback(args.quiet);
+    let stop = Interrupt::new(args.output.is_some() && !args.quiet)?;
     let mut all = Vec::new();
     for ((label, rule), file) in prepared.methods.iter().zip(&mut files) {
         let rule: &FusionRule = rule;
         let bar =
             if args.quiet { indicatif::ProgressBar::hidden() } else { progress_bar(prepared.indices.len())? };
         bar.set_position(file.done() as u64);
+        stop.watch(&bar, &format!("{label}: "));
         if file.done() < prepared.indices.len() {
             let runner = Runner { plan, rule, batch_size: args.batch_size.into() };
             let generator = prepared.generator(args, longest, requests)?;
             runner.run(generator, file.done(), |result, time| -> Result<()> {
                 if let Some(error) = &result.error {
-                    bar.suspend(|| {
-                        writeln!(io::stderr(), "error: {label}: sample {}: {error}", result.index)
-                    })?;
+                    let place = prepared.place(result.index);
+                    bar.suspend(|| writeln!(io::stderr(), "error: {label}: {place}: {error}"))?;
                 }
                 bar.inc(1);
                 file.push(&result, time)

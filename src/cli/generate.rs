@@ -11,10 +11,12 @@ use serde_json::{Value, json};
 
 use super::args::GenerateArgs;
 use super::color;
-use super::input::{Encoder, Item, Source, read_jsonl, read_text};
+use super::input::{Encoder, Input, Item, Source, read_jsonl, read_text};
+use super::interrupt::Interrupt;
 use super::output::{InOrder, JsonLines, check_distinct, check_resumed};
 use super::record::TokenRecord;
 use super::settings;
+use super::setup::swapped;
 use crate::ensemble::Ensemble;
 use crate::error::Error;
 use crate::fusion::FusionRule;
@@ -24,16 +26,15 @@ use crate::generate::{FinishReason, Request, Step, StepTime};
 const DEMO_PROMPT: &str = crate::demo::PROMPT;
 
 pub(super) fn run(args: &GenerateArgs) -> Result<ExitCode> {
-    let items = items(args)?;
+    let Input { items, note: unknown } = input(args)?;
     let ensemble = Arc::new(args.models.load(&args.fusion.method)?);
     let rule = args.fusion.rule(&ensemble)?;
     let encoder = Encoder { ensemble: &ensemble, chat: args.chat };
     encoder.check_chat()?;
 
-    let many = args.input.is_some();
     let mut requests = Vec::with_capacity(items.len());
-    for (index, item) in items.iter().enumerate() {
-        let prompts = encoder.prompts(item).with_context(|| place(many, index))?;
+    for item in &items {
+        let prompts = encoder.prompts(item).with_context(|| item.place("prompt"))?;
         requests.push(args.sampling.request(prompts, &rule)?);
     }
     let settings = settings_of(args, &ensemble, &rule);
@@ -42,9 +43,14 @@ pub(super) fn run(args: &GenerateArgs) -> Result<ExitCode> {
     let mut generator = args.run.generator(Arc::clone(&ensemble), &requests)?;
     let prompt_tokens: Vec<usize> = requests.iter().map(prompt_tokens).collect();
     for (index, request) in requests.into_iter().enumerate().skip(done) {
-        generator.push(request).with_context(|| place(many, index))?;
+        generator.push(request).with_context(|| items[index].place("prompt"))?;
     }
-    args.run.note(&args.fusion.moot(Some(&args.sampling)));
+    args.run.note(args.fusion.moot(Some(&args.sampling)));
+    args.run.note(unknown);
+    args.run.note(swapped(&ensemble));
+    view.question(args)?;
+    let stop = Interrupt::new(args.input.is_some() && args.run.output.is_some() && !args.run.quiet)?;
+    stop.watch(&view.progress, "");
     let mut runs: Vec<Run> = prompt_tokens.into_iter().map(Run::new).collect();
     for step in generator {
         match step {
@@ -89,8 +95,8 @@ fn settings_of(args: &GenerateArgs, ensemble: &Ensemble, rule: &FusionRule) -> V
     })
 }
 
-fn items(args: &GenerateArgs) -> Result<Vec<Item>> {
-    let one = |source| vec![Item { prompt: Some(source), ..Item::default() }];
+fn input(args: &GenerateArgs) -> Result<Input> {
+    let one = |source| Input::typed(Item { prompt: Some(source), ..Item::default() });
     if let Some(path) = &args.input {
         return read_jsonl(path, "prompt");
     }
@@ -98,13 +104,15 @@ fn items(args: &GenerateArgs) -> Result<Vec<Item>> {
         (Some(text), _, _) => Source::Text(text.clone()),
         (_, Some(path), _) => Source::Text(read_text(path)?),
         (_, _, Some(ids)) => Source::Ids(ids.clone()),
-        _ if args.models.is_demo() => Source::Text(DEMO_PROMPT.to_owned()),
+        _ if asks_the_demo(args) => Source::Text(DEMO_PROMPT.to_owned()),
         _ => bail!("give a prompt: --prompt, --prompt-file, --prompt-ids or --input"),
     }))
 }
 
-fn place(many: bool, index: usize) -> String {
-    if many { format!("prompt {index}") } else { "prompt".to_owned() }
+/// Whether nobody asks anything, and the demo ensemble is asked its own question.
+fn asks_the_demo(args: &GenerateArgs) -> bool {
+    let given = args.prompt.is_some() || args.prompt_file.is_some() || args.prompt_ids.is_some();
+    args.models.is_demo() && !given && args.input.is_none()
 }
 
 fn prompt_tokens(request: &Request) -> usize {
@@ -183,13 +191,15 @@ fn both(a: Option<StepTime>, b: Option<StepTime>) -> Option<StepTime> {
 struct Totals {
     tokens: usize,
     time: Option<StepTime>,
+    /// Summed over the experts.
     alpha: f64,
     with_alpha: usize,
+    experts: usize,
 }
 
 impl Totals {
     fn new() -> Self {
-        Self { tokens: 0, time: Some(StepTime::default()), alpha: 0.0, with_alpha: 0 }
+        Self { tokens: 0, time: Some(StepTime::default()), alpha: 0.0, with_alpha: 0, experts: 0 }
     }
 
     /// Takes in a prompt that is done, and leaves nothing of it: there may be many thousands.
@@ -201,6 +211,7 @@ impl Totals {
             self.alpha += alpha;
             self.with_alpha += 1;
         }
+        self.experts = run.steps.first().map_or(self.experts, |step| step.decision.alpha.len());
     }
 }
 
@@ -275,6 +286,7 @@ impl<'a> View<'a> {
         } else {
             ProgressBar::hidden()
         };
+        progress.set_length(items.len() as u64);
         progress.set_position(done as u64);
         let text = json.is_none();
         Ok(Self {
@@ -296,6 +308,14 @@ impl<'a> View<'a> {
         })
     }
 
+    /// Shows the question that nobody asked, on a terminal.
+    fn question(&self, args: &GenerateArgs) -> Result<()> {
+        if self.closing_line && asks_the_demo(args) {
+            print(&if self.color { color::dimmed(DEMO_PROMPT) } else { DEMO_PROMPT.to_owned() })?;
+        }
+        Ok(())
+    }
+
     /// Takes a step in; shows it if its prompt's turn has come.
     fn step(&mut self, runs: &mut [Run], step: Step) -> Result<()> {
         let (index, finished) = (step.request, step.finish.is_some());
@@ -313,7 +333,7 @@ impl<'a> View<'a> {
             self.shown = 0;
             self.failed |= runs[index].failure.is_some();
             if let Some(failure) = &runs[index].failure {
-                writeln!(io::stderr(), "error: {}: {failure}", place(self.items.len() > 1, index))?;
+                writeln!(io::stderr(), "error: {}: {failure}", self.items[index].place("prompt"))?;
             }
             match &mut self.json {
                 Some(json) => json.write(&runs[index].to_json(&self.items[index], &self.fusion))?,
@@ -331,8 +351,9 @@ impl<'a> View<'a> {
     fn show(&mut self, run: &Run, index: usize) -> Result<()> {
         for step in &run.steps[self.shown..] {
             if let Some(trace) = &mut self.trace {
-                let grid = self.alpha_grid.as_deref();
-                trace.write(&TokenRecord::new(index, step, self.ensemble, grid))?;
+                let (prompt, grid) = (self.items[index].prompt.as_ref(), self.alpha_grid.as_deref());
+                let record = TokenRecord::new(index, step, self.ensemble, grid);
+                trace.write(&record.with_beginning(prompt, self.ensemble))?;
             }
             if self.json.is_none() {
                 self.progress.suspend(|| print(&self.token(step)))?;
@@ -368,7 +389,7 @@ fn alpha(step: &Step) -> Option<f64> {
 }
 
 fn closing_line(totals: &Totals, elapsed: Duration, color: bool) -> String {
-    let Totals { tokens, time, alpha, with_alpha } = totals;
+    let Totals { tokens, time, alpha, with_alpha, experts } = totals;
     let each = |time: Duration| time.as_secs_f64() * 1e3 / (*tokens).max(1) as f64;
     let mut parts = Vec::new();
     match time {
@@ -387,10 +408,11 @@ fn closing_line(totals: &Totals, elapsed: Duration, color: bool) -> String {
         }
     }
     if *with_alpha > 0 {
-        parts.push(format!("mean α {:.2}", alpha / *with_alpha as f64));
+        let sum = if *experts > 1 { "Σα" } else { "α" };
+        parts.push(format!("mean {sum} {:.2}", alpha / *with_alpha as f64));
     }
     let line = parts.join(" · ");
-    if color && *with_alpha > 0 { format!("{line}   α: {}", color::legend()) } else { line }
+    if color && *with_alpha > 0 { format!("{line}\nα: {}", color::legend()) } else { line }
 }
 
 /// A bar on stderr, which indicatif hides where that is no terminal.

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 
 use crate::ensemble::Ensemble;
@@ -40,17 +40,43 @@ pub(crate) struct Item {
     pub(crate) prompts: Vec<(String, Source)>,
     /// What `score` scores.
     pub(crate) text: Option<Source>,
+    /// The file and line that it comes from, as messages name it; none where it was typed.
+    pub(crate) place: Option<String>,
 }
 
-/// Reads JSONL; `-` is stdin. Blank lines are passed over. Lines may hold other fields.
-pub(crate) fn read_jsonl(path: &Path, required: &str) -> Result<Vec<Item>> {
-    let name = path.display();
-    let reader: Box<dyn BufRead> = if path.as_os_str() == "-" {
-        Box::new(std::io::stdin().lock())
+impl Item {
+    /// Where it comes from; `typed` is what it is called where it was typed.
+    pub(crate) fn place(&self, typed: &str) -> String {
+        self.place.clone().unwrap_or_else(|| typed.to_owned())
+    }
+}
+
+/// The lines of a file of input.
+#[derive(Debug, Default)]
+pub(crate) struct Input {
+    pub(crate) items: Vec<Item>,
+    /// What was found in them and means nothing.
+    pub(crate) note: Option<String>,
+}
+
+impl Input {
+    /// What was typed instead of a file.
+    pub(crate) fn typed(item: Item) -> Self {
+        Self { items: vec![item], note: None }
+    }
+}
+
+/// Reads JSONL; `-` is stdin. Blank lines are passed over. Lines may hold other fields, of which the note tells: one may
+/// be a misspelt one.
+pub(crate) fn read_jsonl(path: &Path, required: &str) -> Result<Input> {
+    let (name, reader): (_, Box<dyn BufRead>) = if path.as_os_str() == "-" {
+        ("stdin".to_owned(), Box::new(std::io::stdin().lock()))
     } else {
-        Box::new(BufReader::new(File::open(path).with_context(|| name.to_string())?))
+        let name = path.display().to_string();
+        let file = File::open(path).with_context(|| name.clone())?;
+        (name, Box::new(BufReader::new(file)))
     };
-    let (mut reader, mut items) = (reader, Vec::new());
+    let (mut reader, mut items, mut unknown) = (reader, Vec::new(), Vec::new());
     for number in 1.. {
         let place = || format!("{name}:{number}");
         let Some(line) = read_line(&mut reader).with_context(place)? else { break };
@@ -59,13 +85,28 @@ pub(crate) fn read_jsonl(path: &Path, required: &str) -> Result<Vec<Item>> {
         if line.trim().is_empty() {
             continue;
         }
-        let item = parse_line(line, required).with_context(place)?;
-        items.push(item);
+        let (item, others) = parse_line(line, required).with_context(place)?;
+        items.push(Item { place: Some(place()), ..item });
+        for field in others {
+            if !unknown.contains(&field) {
+                unknown.push(field);
+            }
+        }
     }
     if items.is_empty() {
         bail!("{name}: no lines of input");
     }
-    Ok(items)
+    Ok(Input { items, note: note(&name, &unknown) })
+}
+
+/// Of the fields that mean nothing.
+fn note(name: &str, unknown: &[String]) -> Option<String> {
+    const MOST: usize = 8;
+    let named = unknown.iter().take(MOST).map(|field| format!("`{field}`")).collect::<Vec<_>>().join(", ");
+    let more = if unknown.len() > MOST { ", …" } else { "" };
+    (!unknown.is_empty()).then(|| {
+        format!("{name}: ignored: {named}{more}; the fields that are read are `prompt`, `prompts` and `text`")
+    })
 }
 
 /// The next line; `None` at the end.
@@ -78,8 +119,10 @@ fn read_line(reader: &mut dyn BufRead) -> Result<Option<String>> {
     Ok((read > 0).then_some(line))
 }
 
-fn parse_line(line: &str, required: &str) -> Result<Item> {
-    let Value::Object(mut object) = serde_json::from_str(line)? else {
+/// What a line asks, and the fields that mean nothing.
+fn parse_line(line: &str, required: &str) -> Result<(Item, Vec<String>)> {
+    let value = serde_json::from_str(line).map_err(|error| anyhow!("{}", crate::json::not_a_line(&error)))?;
+    let Value::Object(mut object) = value else {
         bail!("expected an object like {{\"{required}\": …}}");
     };
     let mut take = |key: &str| object.remove(key).map(|v| source(key, v)).transpose();
@@ -97,11 +140,11 @@ fn parse_line(line: &str, required: &str) -> Result<Item> {
             bail!("`prompts`: expected an object of prompts by role, found {}", crate::json::show(&other))
         }
     }
-    let item = Item { prompt, prompts, text };
+    let item = Item { prompt, prompts, text, place: None };
     match required {
         "text" if item.text.is_none() => bail!("no field `text`"),
         "prompt" if item.prompt.is_none() && item.prompts.is_empty() => bail!("no field `prompt`"),
-        _ => Ok(item),
+        _ => Ok((item, object.keys().cloned().collect())),
     }
 }
 
@@ -119,7 +162,7 @@ fn source(field: &str, value: Value) -> Result<Source> {
     }
 }
 
-/// A file's text; `-` is stdin.
+/// A file's text, without one line end at its end; `-` is stdin.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
     let name = || path.display().to_string();
     let reader: Box<dyn Read> = if path.as_os_str() == "-" {
@@ -131,7 +174,9 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
     if reader.take(MOST_BYTES as u64 + 1).read_to_string(&mut text).with_context(name)? > MOST_BYTES {
         bail!("{}: more than {} MiB", name(), MOST_BYTES >> 20);
     }
-    Ok(text)
+    // What editors put behind the last line.
+    let whole = text.strip_suffix("\r\n").or_else(|| text.strip_suffix('\n'));
+    Ok(whole.map_or_else(|| text.clone(), str::to_owned))
 }
 
 /// Turns sources into ids, role by role.
@@ -225,10 +270,20 @@ mod tests {
 
     #[test]
     fn lines_may_have_prompts_by_role() {
-        let item =
+        let (item, others) =
             parse_line(r#"{"prompt": "a", "prompts": {"expert": [1, 2]}, "id": 7}"#, "prompt").unwrap();
         assert_eq!(item.prompt, Some(Source::Text("a".to_owned())));
         assert_eq!(item.prompts, [("expert".to_owned(), Source::Ids(vec![1, 2]))]);
+        assert_eq!(others, ["id"]);
+    }
+
+    #[test]
+    fn one_line_end_is_taken_off_a_prompt() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (written, read) in [("a\n", "a"), ("a\r\n", "a"), ("a\n\n", "a\n"), ("a ", "a "), ("\n", "")] {
+            std::fs::write(file.path(), written).unwrap();
+            assert_eq!(read_text(file.path()).unwrap(), read, "{written:?}");
+        }
     }
 
     #[test]
@@ -239,7 +294,8 @@ mod tests {
             ("{\"prompt\": [1, -1]}", "token ids"),
             ("{\"text\": \"a\"}", "no field `prompt`"),
             ("{\"prompt\": \"a\", \"prompts\": []}", "by role"),
-            ("{", "EOF"),
+            ("{", "not JSON at column 1: a line holds one object"),
+            ("plain text", "not JSON at column 1"),
         ] {
             let error = format!("{:#}", parse_line(line, "prompt").unwrap_err());
             assert!(error.contains(says), "{line}: {error}");

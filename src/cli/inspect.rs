@@ -7,13 +7,26 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::args::InspectArgs;
+use super::setup::{check_directory, load, note, swapped_sizes};
 use crate::ensemble::{Ensemble, EnsembleSpec, ExpertSpec};
 use crate::model::{LlamaModel, Role};
 
 pub(super) fn run(args: &InspectArgs) -> Result<ExitCode> {
-    let (ensemble, obstacle) = open(args)?;
-    let models: Vec<Summary> = ensemble.iter().flat_map(summaries).collect();
-    let verdict = Verdict { possible: obstacle.is_none(), reason: obstacle };
+    for dir in &args.dirs {
+        check_directory(&dir.display().to_string(), dir)?;
+    }
+    let (ensembles, obstacle) = open(args)?;
+    let alone = args.dirs.len() == 1;
+    let models =
+        ensembles.iter().flat_map(|ensemble| (0..ensemble.models().len()).map(move |m| (ensemble, m)));
+    let roles = (0..).map(|place| if alone { None } else { Some(role(place)) });
+    let models: Vec<Summary> =
+        models.zip(roles).map(|((ensemble, model), role)| summary(ensemble, model, role)).collect();
+    if let [large, small, ..] = &models[..] {
+        note(false, swapped_sizes(large.parameters, small.parameters));
+    }
+    let possible = obstacle.is_none();
+    let verdict = Verdict { possible, reason: obstacle };
     let text = if args.json {
         let mut line = serde_json::to_string(&Report { models: &models, ensemble: &verdict })?;
         line.push('\n');
@@ -23,7 +36,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<ExitCode> {
     };
     let mut stdout = io::stdout().lock();
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("stdout")?;
-    Ok(ExitCode::SUCCESS)
+    Ok(if possible || alone { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// All directories as one ensemble; where they can't form one, each by itself, and why they can't.
@@ -34,7 +47,7 @@ fn open(args: &InspectArgs) -> Result<(Vec<Ensemble>, Option<String>)> {
         small: dirs.next(),
         experts: dirs.map(|path| ExpertSpec { name: None, path }).collect(),
     };
-    let obstacle = match Ensemble::load(&spec) {
+    let obstacle = match load(&spec) {
         Ok(ensemble) if ensemble.num_experts() > 0 => return Ok((vec![ensemble], None)),
         Ok(ensemble) => {
             let reason = "an ensemble needs a large model, a small one, and an expert".to_owned();
@@ -47,7 +60,7 @@ fn open(args: &InspectArgs) -> Result<(Vec<Ensemble>, Option<String>)> {
     match ensembles {
         Ok(ensembles) => Ok((ensembles, Some(obstacle.to_string()))),
         // One of them can't be loaded at all.
-        Err(_) => Err(obstacle.into()),
+        Err(_) => Err(obstacle),
     }
 }
 
@@ -84,35 +97,42 @@ struct Summary {
     kv_bytes_per_token: usize,
 }
 
-fn summaries(ensemble: &Ensemble) -> Vec<Summary> {
-    let alone = ensemble.models().len() == 1;
-    let summarise = |(index, model): (usize, &std::sync::Arc<LlamaModel>)| {
-        let config = &model.config;
-        let tokenizer = ensemble.tokenizer(index);
-        Summary {
-            path: model.path.display().to_string(),
-            role: (!alone).then(|| match model.role {
-                Role::Expert(_) => format!("expert {}", model.name),
-                role => role.to_string(),
-            }),
-            lora: model.adapter.is_some(),
-            parameters: model.num_parameters(),
-            dtype: model.dtype().name(),
-            hidden_size: config.hidden_size,
-            intermediate_size: config.intermediate_size,
-            num_hidden_layers: config.num_hidden_layers,
-            num_attention_heads: config.num_attention_heads,
-            num_key_value_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-            vocab_size: config.vocab_size,
-            max_position_embeddings: config.max_position_embeddings,
-            tokenizer: tokenizer.is_some(),
-            chat_template: tokenizer.is_some_and(|tokenizer| tokenizer.has_chat_template()),
-            weight_bytes: model.weight_bytes(),
-            kv_bytes_per_token: config.kv_bytes_per_token(),
-        }
-    };
-    ensemble.models().iter().enumerate().map(summarise).collect()
+/// What the directory at a place of the command line is taken for.
+fn role(place: usize) -> Role {
+    match place {
+        0 => Role::Large,
+        1 => Role::Small,
+        place => Role::Expert(place - 2),
+    }
+}
+
+/// `role` is that in the ensemble which all directories would form; a model that is loaded by itself has another.
+fn summary(ensemble: &Ensemble, index: usize, role: Option<Role>) -> Summary {
+    let model: &LlamaModel = &ensemble.models()[index];
+    let config = &model.config;
+    let tokenizer = ensemble.tokenizer(index);
+    Summary {
+        path: model.path.display().to_string(),
+        role: role.map(|role| match (role, model.role) {
+            (Role::Expert(_), Role::Expert(_)) => format!("expert {}", model.name),
+            (role, _) => role.to_string(),
+        }),
+        lora: model.adapter.is_some(),
+        parameters: model.num_parameters(),
+        dtype: model.dtype().name(),
+        hidden_size: config.hidden_size,
+        intermediate_size: config.intermediate_size,
+        num_hidden_layers: config.num_hidden_layers,
+        num_attention_heads: config.num_attention_heads,
+        num_key_value_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+        vocab_size: config.vocab_size,
+        max_position_embeddings: config.max_position_embeddings,
+        tokenizer: tokenizer.is_some(),
+        chat_template: tokenizer.is_some_and(|tokenizer| tokenizer.has_chat_template()),
+        weight_bytes: model.weight_bytes(),
+        kv_bytes_per_token: config.kv_bytes_per_token(),
+    }
 }
 
 fn report(models: &[Summary], verdict: &Verdict) -> String {

@@ -1,7 +1,9 @@
 //! The record of one token: a line of a trace, an entry of a score.
 
 use serde::Serialize;
+use serde_json::Value;
 
+use super::input::Source;
 use crate::ensemble::Ensemble;
 use crate::generate::Step;
 
@@ -11,6 +13,12 @@ use crate::generate::Step;
 pub(crate) struct TokenRecord<'a> {
     prompt_index: usize,
     step: usize,
+    /// What was asked, in the first record of a prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt: Option<Value>,
+    /// The experts' names in the order of all arrays, in the first record of a prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    experts: Option<Vec<&'a str>>,
     token_id: u32,
     text: &'a str,
     /// The name of the active expert.
@@ -47,6 +55,8 @@ impl<'a> TokenRecord<'a> {
         Self {
             prompt_index,
             step: step.index,
+            prompt: None,
+            experts: None,
             token_id: step.token,
             text: &step.piece,
             expert: decision.expert.and_then(|t| ensemble.expert_name(t)),
@@ -68,6 +78,15 @@ impl<'a> TokenRecord<'a> {
             changed: decision.changed(),
             ms: step.time.map(|time| time.total().as_secs_f64() * 1e3),
         }
+    }
+
+    /// The record of a trace: the first of a prompt has what holds for all.
+    pub(crate) fn with_beginning(self, prompt: Option<&Source>, ensemble: &'a Ensemble) -> Self {
+        if self.step > 0 {
+            return self;
+        }
+        let experts = (0..).map_while(|t| ensemble.expert_name(t)).collect();
+        Self { prompt: prompt.map(Source::to_json), experts: Some(experts), ..self }
     }
 }
 

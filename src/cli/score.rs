@@ -10,24 +10,28 @@ use serde_json::{Value, json};
 
 use super::args::ScoreArgs;
 use super::generate::progress_bar;
-use super::input::{Encoder, Item, Source, read_jsonl};
+use super::input::{Encoder, Input, Item, Source, read_jsonl};
+use super::interrupt::Interrupt;
 use super::output::{InOrder, JsonLines, check_distinct, check_resumed};
 use super::record::TokenRecord;
 use super::settings;
+use super::setup::swapped;
 use crate::ensemble::Ensemble;
 use crate::error::Error;
 use crate::fusion::FusionRule;
 use crate::generate::{Request, Step};
 
 pub(super) fn run(args: &ScoreArgs) -> Result<ExitCode> {
-    let items = items(args)?;
+    let Input { items, note: unknown } = input(args)?;
     let ensemble = Arc::new(args.models.load(&args.fusion.method)?);
     let rule = args.fusion.rule(&ensemble)?;
-    args.run.note(&args.fusion.moot(None));
+    args.run.note(args.fusion.moot(None));
+    args.run.note(unknown);
+    args.run.note(swapped(&ensemble));
     let encoder = Encoder { ensemble: &ensemble, chat: false };
     let mut texts = Vec::with_capacity(items.len());
-    for (index, item) in items.iter().enumerate() {
-        texts.push(Text::new(&encoder, item).with_context(|| format!("text {index}"))?);
+    for item in &items {
+        texts.push(Text::new(&encoder, item).with_context(|| item.place("text"))?);
     }
 
     let settings = json!({ "models": settings::models(&ensemble), "rule": settings::rule(&rule, &ensemble) });
@@ -42,9 +46,11 @@ pub(super) fn run(args: &ScoreArgs) -> Result<ExitCode> {
             out.finish(index, Vec::new(), None)?;
             continue;
         }
-        generator.push(request).with_context(|| format!("text {index}"))?;
+        generator.push(request).with_context(|| items[index].place("text"))?;
         numbers.push(index);
     }
+    let stop = Interrupt::new(args.input.is_some() && args.run.output.is_some() && !args.run.quiet)?;
+    stop.watch(&out.progress, "");
     let mut steps: Vec<Vec<Step>> = numbers.iter().map(|_| Vec::new()).collect();
     for step in generator {
         match step {
@@ -65,8 +71,8 @@ pub(super) fn run(args: &ScoreArgs) -> Result<ExitCode> {
     Ok(if out.failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn items(args: &ScoreArgs) -> Result<Vec<Item>> {
-    let one = |source| vec![Item { text: Some(source), ..Item::default() }];
+fn input(args: &ScoreArgs) -> Result<Input> {
+    let one = |source| Input::typed(Item { text: Some(source), ..Item::default() });
     Ok(match (&args.text, &args.ids, &args.input) {
         (Some(text), _, _) => one(Source::Text(text.clone())),
         (_, Some(ids), _) => one(Source::Ids(ids.clone())),
@@ -89,11 +95,13 @@ struct Text {
     scored: Vec<u32>,
     /// Whether the first prompt's only id belongs to the text: a text without a prompt.
     begins: bool,
+    /// What messages call it.
+    place: String,
 }
 
 impl Text {
     fn new(encoder: &Encoder<'_>, item: &Item) -> Result<Self> {
-        let begins = item.prompt.is_none() && item.prompts.is_empty();
+        let (begins, place) = (item.prompt.is_none() && item.prompts.is_empty(), item.place("text"));
         let mut ids = match &item.text {
             Some(text) => encoder.text(text, begins)?,
             None => bail!("no text"),
@@ -103,9 +111,9 @@ impl Text {
         }
         if begins {
             let scored = ids.split_off(1);
-            return Ok(Self { prompts: vec![ids], scored, begins });
+            return Ok(Self { prompts: vec![ids], scored, begins, place });
         }
-        Ok(Self { prompts: encoder.prompts(item)?, scored: ids, begins })
+        Ok(Self { prompts: encoder.prompts(item)?, scored: ids, begins, place })
     }
 
     fn request(&self) -> Request {
@@ -172,6 +180,7 @@ impl<'a> Output<'a> {
         } else {
             indicatif::ProgressBar::hidden()
         };
+        progress.set_length(texts.len() as u64);
         progress.set_position(done as u64);
         Ok(Self {
             ensemble,
@@ -189,7 +198,7 @@ impl<'a> Output<'a> {
         for (index, steps, failure) in self.order.push(index, (index, steps, failure)) {
             if let Some(failure) = &failure {
                 self.failed = true;
-                writeln!(io::stderr(), "error: text {index}: {failure}")?;
+                writeln!(io::stderr(), "error: {}: {failure}", self.texts[index].place)?;
             }
             let scored = Scored {
                 ids: self.texts[index].ids(),
@@ -205,7 +214,12 @@ impl<'a> Output<'a> {
             };
             match &mut self.json {
                 Some(json) => json.write(&scored)?,
-                None => io::stdout().lock().write_all(table(&steps).as_bytes()).context("stdout")?,
+                None => {
+                    io::stdout()
+                        .lock()
+                        .write_all(table(&steps, self.ensemble).as_bytes())
+                        .context("stdout")?;
+                }
             }
             self.progress.inc(1);
         }
@@ -213,24 +227,53 @@ impl<'a> Output<'a> {
     }
 }
 
-/// One line a token, and the sum.
-fn table(steps: &[Step]) -> String {
-    let mut text = format!("{:>6} {:>8} {:>6} {:>10} {:>10}  text\n", "step", "token", "α", "log P̃", "log P");
+/// One line a token: its log-probability, fused and by the large model alone; and the sum.
+fn table(steps: &[Step], ensemble: &Ensemble) -> String {
+    let name = |step: &Step| step.decision.expert.and_then(|t| ensemble.expert_name(t)).unwrap_or("-");
+    // Which expert acts is a question only where there are several.
+    let several = ensemble.num_experts() > 1 && steps.iter().any(|step| step.decision.expert.is_some());
+    let width = steps.iter().map(|step| name(step).chars().count()).max().unwrap_or(0).max("expert".len());
+    let expert = |cell: &str| if several { format!("{cell:<width$} ") } else { String::new() };
+    let mut text = format!(
+        "{:>6} {:>8} {}{:>6} {:>10} {:>10}  text\n",
+        "step",
+        "token",
+        expert("expert"),
+        "α",
+        "log fused",
+        "log large"
+    );
     for step in steps {
         let decision = &step.decision;
-        let alpha = if decision.alpha.is_empty() {
-            "-".into()
-        } else {
-            format!("{:.2}", decision.alpha.iter().sum::<f64>())
-        };
-        let large = decision.logprob_large.map_or("-".to_owned(), |logprob| format!("{logprob:.4}"));
+        let large = decision.logprob_large.map_or("-".to_owned(), logprob);
         text.push_str(&format!(
-            "{:>6} {:>8} {alpha:>6} {:>10.4} {large:>10}  {:?}\n",
-            step.index, step.token, decision.logprob_fused, step.piece
+            "{:>6} {:>8} {}{:>6} {:>10} {large:>10}  {:?}\n",
+            step.index,
+            step.token,
+            expert(name(step)),
+            alpha(step),
+            logprob(decision.logprob_fused),
+            step.piece
         ));
     }
-    // The sum of nothing is −0.
-    let sum = 0.0 + steps.iter().map(|step| step.decision.logprob_fused).sum::<f64>();
-    text.push_str(&format!("sum of log P̃ over {} tokens: {sum:.4}\n", steps.len()));
+    let sum = steps.iter().map(|step| step.decision.logprob_fused).sum::<f64>();
+    let plural = if steps.len() == 1 { "" } else { "s" };
+    text.push_str(&format!("log-probability, fused, of {} token{plural}: {}\n", steps.len(), logprob(sum)));
     text
+}
+
+/// α of the expert that acts, or of each; a dash where the method has none.
+fn alpha(step: &Step) -> String {
+    let decision = &step.decision;
+    let acting = |(t, alpha): (usize, &f64)| {
+        decision.expert.is_none_or(|expert| expert == t).then(|| format!("{alpha:.2}"))
+    };
+    let alphas: Vec<String> = decision.alpha.iter().enumerate().filter_map(acting).collect();
+    if alphas.is_empty() { "-".to_owned() } else { alphas.join(",") }
+}
+
+/// A log-probability of four decimals, never −0.
+fn logprob(value: f64) -> String {
+    let text = format!("{value:.4}");
+    if text == "-0.0000" { "0.0000".to_owned() } else { text }
 }

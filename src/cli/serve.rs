@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 
 use super::args::{Method, ServeArgs};
 use crate::backend::Limits;
-use crate::cli::setup::affordable_blocks;
+use crate::cli::setup::{affordable_blocks, note, swapped};
 use crate::ensemble::Ensemble;
 use crate::generate::blocks_needed;
 use crate::kv_cache::BLOCK_SIZE;
@@ -28,6 +28,8 @@ pub(super) fn run(args: &ServeArgs) -> Result<ExitCode> {
     let address = listener.local_addr()?;
     // All models that were given: a request may choose another method.
     let ensemble = Arc::new(args.models.load(&Method::Dynamic)?);
+    note(args.quiet, args.fusion.moot(None));
+    note(args.quiet, swapped(&ensemble));
     let options = options(args, &ensemble)?;
     let model = options.model.clone();
     let backend = args.device.backend(limits(args, &ensemble)?);

@@ -1,19 +1,20 @@
 //! From flags to an ensemble, a rule, and a backend.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::args::{DeviceArgs, DynamicArgs, FusionArgs, Method, ModelArgs, RunArgs, SamplingArgs};
 use crate::backend::BackendOptions;
 use crate::ensemble::{Ensemble, EnsembleSpec, ExpertSpec};
+use crate::error::Error;
 use crate::fusion::{DynamicRule, FusionRule, PerExpert};
 use crate::generate::{Generator, Request, limits_for};
 use crate::kv_cache::BLOCK_SIZE;
-use crate::model::MAX_EXPERTS;
+use crate::model::{MAX_EXPERTS, Role};
 use crate::sampling::SamplingParams;
 
 impl ModelArgs {
@@ -35,7 +36,15 @@ impl ModelArgs {
             // A LoRA expert needs the small model's weights.
             Method::Expert(_) => spec.large = None,
         }
-        Ok(Ensemble::load(&spec)?)
+        for (flag, dir) in [("--large", &spec.large), ("--small", &spec.small)] {
+            if let Some(dir) = dir {
+                check_directory(&format!("{flag} {}", dir.display()), dir)?;
+            }
+        }
+        for (given, expert) in self.experts.iter().zip(&spec.experts) {
+            check_directory(&format!("--expert {given}"), &expert.path)?;
+        }
+        load(&spec)
     }
 
     fn spec(&self) -> Result<EnsembleSpec> {
@@ -48,7 +57,74 @@ impl ModelArgs {
 }
 
 fn missing(method: &'static str, what: &str) -> anyhow::Error {
-    crate::Error::MissingModel { method, what: what.to_owned() }.into()
+    Error::MissingModel { method, what: what.to_owned() }.into()
+}
+
+/// Fails where `dir` is no directory; `given` is what was typed.
+pub(super) fn check_directory(given: &str, dir: &Path) -> Result<()> {
+    if dir.as_os_str().is_empty() {
+        bail!("{given}: the directory is missing");
+    }
+    match std::fs::metadata(dir) {
+        Ok(metadata) if metadata.is_dir() => Ok(()),
+        Ok(_) => bail!("{given} is a file; a model is a directory with a config.json"),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => bail!(
+            "{given}: no such directory; nothing is downloaded: fetch the model first, as by `hf download ORG/NAME \
+             --local-dir DIR`"
+        ),
+        Err(error) => Err(error).context(given.to_owned()),
+    }
+}
+
+/// Loads the models. Where two don't fit together, the error calls experts as the user did.
+pub(super) fn load(spec: &EnsembleSpec) -> Result<Ensemble> {
+    let called = |role| match role {
+        Role::Expert(t) => {
+            let expert = spec.experts.get(t);
+            let name = expert.and_then(|expert| expert.name.clone());
+            let path = || expert.map_or_else(String::new, |expert| expert.path.display().to_string());
+            format!("the expert {}", name.unwrap_or_else(path))
+        }
+        role => format!("the {role} model"),
+    };
+    Ensemble::load(spec).map_err(|error| match error {
+        Error::Mismatch { left, right, what, expected, found } => {
+            anyhow!("{} and {} differ in {what}: {expected} and {found}", called(left), called(right))
+        }
+        other => other.into(),
+    })
+}
+
+/// Said of models that were probably given in each other's place.
+pub(super) fn swapped(ensemble: &Ensemble) -> Option<&'static str> {
+    let size = |role| Some(ensemble.models().get(ensemble.index(role)?)?.num_parameters());
+    swapped_sizes(size(Role::Large)?, size(Role::Small)?)
+}
+
+/// The same of their numbers of parameters.
+pub(super) fn swapped_sizes(large: usize, small: usize) -> Option<&'static str> {
+    (large < small).then_some("the large model has fewer parameters than the small one; are they swapped?")
+}
+
+/// Tells what somebody who isn't told may wonder about.
+pub(super) fn note<T: std::fmt::Display>(quiet: bool, notes: impl IntoIterator<Item = T>) {
+    for note in notes.into_iter().filter(|_| !quiet) {
+        // Nothing is lost where stderr is closed.
+        let _ = writeln!(std::io::stderr(), "note: {note}");
+    }
+}
+
+/// The flags of the models that a method of fusion lacks.
+fn lacking(method: &'static str, ensemble: &Ensemble) -> anyhow::Error {
+    let models = [
+        ("large", "--large DIR", ensemble.index(Role::Large).is_some()),
+        ("small", "--small DIR", ensemble.index(Role::Small).is_some()),
+        ("expert", "--expert DIR", ensemble.num_experts() > 0),
+    ];
+    let flags: Vec<&str> = models.iter().filter(|(.., there)| !there).map(|(_, flag, _)| *flag).collect();
+    let alone = models.iter().find(|(.., there)| *there).map_or("large", |(name, ..)| name);
+    let flags = flags.join(" and ");
+    anyhow!("the {method} method needs {flags} as well; to run one model alone: --method {alone}")
 }
 
 /// `[NAME=]DIR`. A directory that exists under the whole text is taken first: its name may hold `=`.
@@ -97,8 +173,11 @@ impl DynamicArgs {
                 })?)
             }
         };
-        ensemble.check_rule(&rule)?;
-        Ok(rule)
+        match ensemble.check_rule(&rule) {
+            Ok(()) => Ok(rule),
+            Err(Error::MissingModel { method, .. }) if rule.is_fused() => Err(lacking(method, ensemble)),
+            Err(error) => Err(error.into()),
+        }
     }
 }
 
@@ -146,10 +225,8 @@ impl SamplingArgs {
 
 impl RunArgs {
     /// Tells what somebody who isn't told may wonder about.
-    pub(crate) fn note(&self, notes: &[&str]) {
-        if !self.quiet {
-            notes.iter().copied().for_each(note);
-        }
+    pub(crate) fn note<T: std::fmt::Display>(&self, notes: impl IntoIterator<Item = T>) {
+        note(self.quiet, notes);
     }
 
     /// A generator whose cache holds the longest of `requests` at least `batch_size` times, unless `--kv-memory` is
@@ -173,15 +250,9 @@ impl RunArgs {
 impl DeviceArgs {
     /// Tells of a GPU that `auto` can't use.
     pub(crate) fn note_fallback(&self, quiet: bool) {
-        if let Some(reason) = self.device().passed_over().filter(|_| !quiet) {
-            note(&format!("--device auto is the CPU here: {reason}"));
-        }
+        let reason = self.device().passed_over();
+        note(quiet, reason.map(|reason| format!("--device auto is the CPU here: {reason}")));
     }
-}
-
-/// One line on stderr. Nothing is lost where that is closed.
-fn note(text: &str) {
-    let _ = writeln!(std::io::stderr(), "note: {text}");
 }
 
 /// A generator on a backend; while weights go to a GPU, a terminal shows how far.

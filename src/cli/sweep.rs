@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::args::{DynamicArgs, ModelArgs, grid};
@@ -25,7 +25,7 @@ pub(crate) struct SweepArgs {
     dynamic: DynamicArgs,
     #[command(flatten)]
     task: TaskArgs,
-    /// Write the picture: score against α, and the dynamic rule's as a line across.
+    /// Write the picture (F.svg is overwritten): score against α, and the dynamic rule's as a line across.
     #[arg(long, value_name = "F.svg", help_heading = "Running")]
     svg: Option<std::path::PathBuf>,
     /// Write the numbers of the picture.
@@ -34,6 +34,9 @@ pub(crate) struct SweepArgs {
 }
 
 pub(super) fn run(args: &SweepArgs) -> Result<ExitCode> {
+    if let Some(path) = args.svg.as_deref().filter(|path| path.extension().is_none_or(|end| end != "svg")) {
+        bail!("--svg {}: the name must end in .svg", path.display());
+    }
     let alphas = args.alpha.candidates();
     let mut methods = vec![EvalMethod::dynamic()];
     methods.extend(alphas.iter().map(|&alpha| EvalMethod::fixed(alpha)));

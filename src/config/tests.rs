@@ -224,10 +224,10 @@ fn mistral_without_sliding_window_is_a_llama() {
 #[test]
 fn what_is_not_computed_is_refused_by_name() {
     for (changes, name) in [
-        (json!({"model_type": "qwen2"}), "the model type qwen2 is not supported"),
+        (json!({"model_type": "qwen2"}), "the model type qwen2, neither llama nor mistral, is not supported"),
         (
             json!({"architectures": ["LlamaForSequenceClassification"]}),
-            "LlamaForSequenceClassification is not",
+            "LlamaForSequenceClassification, neither LlamaForCausalLM nor MistralForCausalLM, is not",
         ),
         (json!({"hidden_act": "gelu"}), "the activation gelu (hidden_act)"),
         (json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}), "quantization gptq"),

@@ -57,7 +57,8 @@ pub fn parse_samples(
 fn json_lines(path: &Path, text: &str, limit: usize) -> Result<Vec<Sample>> {
     let lines = text.lines().zip(1..).filter(|(line, _)| !line.trim().is_empty());
     let parse = |(line, number): (&str, u64)| {
-        let value = serde_json::from_str(line).map_err(|error| data(path, number, &error.to_string()))?;
+        let value = serde_json::from_str(line)
+            .map_err(|error| data(path, number, &crate::json::not_a_line(&error)))?;
         object(path, number, value)
     };
     lines.take(limit).map(parse).collect()

@@ -112,7 +112,7 @@ impl Summary {
                 "to the first",
                 "its 95 % interval",
                 "s/sample",
-                "mean α",
+                "mean Σα",
             ]
             .map(str::to_owned),
         ];
@@ -148,11 +148,11 @@ impl Summary {
             }
         }
         let kinds = match self.rows.iter().map(|row| row.interval.method).collect::<Vec<_>>() {
-            kinds if kinds.iter().all(|kind| *kind == "wilson") => "Wilson",
-            _ if several => "Wilson of proportions, bootstrap of the rest",
-            _ => "bootstrap",
+            kinds if kinds.iter().all(|kind| *kind == "wilson") => "Wilson intervals",
+            _ if several => "Wilson intervals of proportions, bootstrap intervals of the rest",
+            _ => "bootstrap intervals",
         };
-        let _ = writeln!(text, "\n{}: intervals: {kinds}; of differences: paired bootstrap.", self.task);
+        let _ = writeln!(text, "\n{}: {kinds}; those of differences by paired bootstrap.", self.task);
         let failed: usize = self.rows.iter().map(|row| row.failed).max().unwrap_or(0);
         if failed > 0 {
             let _ = writeln!(text, "Up to {failed} samples a method have no result; they count as 0.");

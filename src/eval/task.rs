@@ -337,12 +337,12 @@ impl Task {
     }
 
     fn render(&self, path: &Path, template: &str, sample: &Sample, fields: &Value) -> Result<String> {
-        let failed = |reason: String| data(path, sample.line, &format!("{template}: {reason}"));
+        let failed = |reason: String| data(path, sample.line, &format!("the template `{template}`{reason}"));
         self.templates.render(template, fields).map_err(failed)
     }
 
     fn eval(&self, path: &Path, name: &str, expression: &str, sample: &Sample) -> Result<serde_json::Value> {
-        let failed = |reason: String| data(path, sample.line, &format!("{name}: `{expression}`: {reason}"));
+        let failed = |reason: String| data(path, sample.line, &format!("`{name} = {expression}`{reason}"));
         self.templates.eval(expression, &fields(sample)).map_err(failed)
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::palette::Palette;
-use super::{Record, Text, escape, expert_names};
+use super::{Record, Text, escape, is_sum};
 
 /// Room for the numbers of the vertical axis.
 const AXIS: f64 = 48.0;
@@ -132,7 +132,8 @@ impl Charts {
             return;
         }
         let scale = Scale::alpha(&values);
-        self.begin("α, and which expert acted", &scale);
+        let several = is_sum(std::slice::from_ref(text));
+        self.begin(if several { "α, summed over the experts" } else { "α, and which expert acted" }, &scale);
         self.line("thread", &scale, text.records.iter().map(Record::total_alpha));
         for (index, record) in text.records.iter().enumerate() {
             if let Some(alpha) = record.total_alpha() {
@@ -148,7 +149,7 @@ impl Charts {
     fn term(
         &mut self,
         title: &str,
-        (text, texts): (&Text, &[Text]),
+        text: &Text,
         palette: &Palette,
         reached: fn(&Record) -> Option<f64>,
         targets: fn(&Record) -> &[f64],
@@ -161,9 +162,8 @@ impl Charts {
         let values: Vec<f64> = all.collect();
         let scale = Scale::log(&values).unwrap_or(Scale { low: -1.0, high: 0.0, log: true, clamped: true });
         self.begin(title, &scale);
-        let names = expert_names(text, texts);
         for t in 0..records.iter().map(|record| targets(record).len()).max().unwrap_or(0) {
-            let expert = palette.index(names.get(t).copied().flatten());
+            let expert = palette.index(Some(text.expert(t).as_str()));
             let class = format!("target {}", class(expert));
             self.line(&class, &scale, records.iter().map(|record| targets(record).get(t).copied()));
         }
@@ -196,26 +196,26 @@ pub(super) fn class(expert: Option<usize>) -> String {
 }
 
 /// The charts of one text, whose first token is the page's `first`; empty where the method has no α and no KL terms.
-pub(super) fn charts(text: &Text, texts: &[Text], palette: &Palette, first: usize) -> String {
+pub(super) fn charts(text: &Text, palette: &Palette, first: usize) -> String {
     let pitch = pitch(text.records.len());
     let width = pitch * text.records.len() as f64;
     let mut charts = Charts { axis: String::new(), plot: String::new(), y: -10.0, width, pitch };
     charts.alpha(text, palette);
     charts.term(
-        "KL(P̃‖P), thin: KL(Qₜ‖Q), its target; nats",
-        (text, texts),
+        "KL(fused‖large), thin: KL(expert‖small), its target; nats",
+        text,
         palette,
         |record| record.kl_fused_large,
         |record| &record.kl_expert_small,
     );
     charts.term(
-        "KL(P‖P̃), thin: KL(Q‖Qₜ), its target; nats",
-        (text, texts),
+        "KL(large‖fused), thin: KL(small‖expert), its target; nats",
+        text,
         palette,
         |record| record.kl_large_fused,
         |record| &record.kl_small_expert,
     );
-    charts.term("loss, nats²", (text, texts), palette, |record| record.loss, |_| &[]);
+    charts.term("loss, nats²", text, palette, |record| record.loss, |_| &[]);
     if charts.plot.is_empty() {
         return String::new();
     }

@@ -6,10 +6,12 @@ use serde_json::{Value, json};
 
 use super::chart::{charts, class};
 use super::palette::Palette;
-use super::{Record, Text, alpha_text, escape, expert_names, label, unprintable, visible};
+use super::{Record, Text, alpha_text, escape, is_sum, label, unprintable, visible};
 
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
+/// Characters of a prompt above its text.
+const HEADING: usize = 400;
 
 /// One self-contained page: no link leads out of it, it loads nothing, and its policy forbids it to.
 #[must_use]
@@ -18,8 +20,7 @@ pub fn html(texts: &[Text]) -> String {
     let (mut body, mut records) = (String::new(), Vec::new());
     for text in texts {
         section(&mut body, text, texts, &palette, records.len());
-        let names = expert_names(text, texts);
-        records.extend(text.records.iter().map(|record| data(record, &names, &palette)));
+        records.extend(text.records.iter().map(|record| data(record, text, &palette)));
     }
     // Nothing in it may end the element.
     let records = Value::from(records)
@@ -80,13 +81,15 @@ fn header(palette: &Palette) -> String {
          <button id=\"theme\" type=\"button\">Dark theme</button></div>\
          <ul id=\"legend\">{experts}<li class=\"ramp\">α 0 <span>{ramp}</span> 2</li>\
          <li><b class=\"changed\">token</b> not the large model’s choice</li>\
-         <li><b class=\"plain\">∅</b> no text of its own: the end, or part of a character</li></ul></header>"
+         <li><b class=\"plain\">∅</b> no text of its own: the end, or part of a character</li>\
+         <li><b class=\"plain\">·</b> a token of spaces</li>\
+         <li>charts: thick lines are what fusion reached, thin ones its targets, in the experts’ colours</li></ul></header>"
     )
 }
 
 /// One text: what it is, its tokens, its charts. `first` is the page's number of its first token.
 fn section(out: &mut String, text: &Text, texts: &[Text], palette: &Palette, first: usize) {
-    let name = escape(&label(text, texts));
+    let name = escape(&label(text, texts, HEADING));
     let _ = write!(
         out,
         "<section><h2>{name}</h2><p class=\"summary\">{}</p>\
@@ -111,7 +114,7 @@ fn section(out: &mut String, text: &Text, texts: &[Text], palette: &Palette, fir
             escape(&readable(&record.text)),
         );
     }
-    let _ = write!(out, "</div>{}</section>", charts(text, texts, palette, first));
+    let _ = write!(out, "</div>{}</section>", charts(text, palette, first));
 }
 
 /// The text as it reads: spaces stay spaces, lines end where they ended.
@@ -155,8 +158,9 @@ fn summary(text: &Text, palette: &Palette) -> String {
         return summary;
     }
     let mean = alphas.iter().sum::<f64>() / alphas.len() as f64;
+    let sum = if is_sum(std::slice::from_ref(text)) { "Σα" } else { "α" };
     let changed = count(&|r| r.changed == Some(true));
-    let _ = write!(summary, ", {changed} changed by fusion; mean α {mean:.2}");
+    let _ = write!(summary, ", {changed} changed by fusion; mean {sum} {mean:.2}");
     for name in palette.names() {
         let acted = count(&|r| r.expert.as_deref() == Some(name));
         if acted > 0 {
@@ -167,9 +171,8 @@ fn summary(text: &Text, palette: &Palette) -> String {
 }
 
 /// What the page shows of a token.
-fn data(record: &Record, names: &[Option<&str>], palette: &Palette) -> Value {
-    let name =
-        |t: usize| names.get(t).copied().flatten().map_or_else(|| format!("expert {t}"), str::to_owned);
+fn data(record: &Record, text: &Text, palette: &Palette) -> Value {
+    let name = |t: usize| text.expert(t);
     let own = |id: u32, text: Option<&String>| json!([text.map(|text| visible(text)), id]);
     let expert = palette.index(record.expert.as_deref());
     let experts: Vec<Value> = (record.argmax_expert.iter().enumerate())

@@ -71,7 +71,7 @@ function terms(record) {
   table.append(element("caption", "KL terms (nats), their targets, and the loss"));
   const heads = ["fused", ...record.names.map((name) => "→ " + name)];
   row(table, element("th"), heads.map((name) => element("th", name, "n")));
-  ["KL(P̃‖P)", "KL(P‖P̃)"].forEach((name, i) => {
+  ["KL(fused‖large)", "KL(large‖fused)"].forEach((name, i) => {
     const [reached, aims] = record.kl[i];
     row(table, element("th", name), [reached, ...aims].map((value) => element("td", number(value), "n")));
   });

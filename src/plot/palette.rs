@@ -18,14 +18,20 @@ const SHAPES: [&[(f64, f64)]; 7] = [
     &[(-1.0, -0.9), (1.0, 0.9), (1.0, -0.9), (-1.0, 0.9)],
 ];
 
-/// The experts that acted, by name, sorted: their order is their colour and shape.
+/// The experts by name, in the order that they were given in: it is their colour and shape, whichever of them act.
 pub(super) struct Palette<'a>(Vec<&'a str>);
 
 impl<'a> Palette<'a> {
     pub(super) fn new(texts: &'a [Text]) -> Self {
-        let records = texts.iter().flat_map(|text| &text.records);
-        let names: std::collections::BTreeSet<&str> = records.filter_map(|r| r.expert.as_deref()).collect();
-        Self(names.into_iter().collect())
+        let given = texts.iter().flat_map(|text| &text.experts).map(String::as_str);
+        let acting = texts.iter().flat_map(|text| &text.records).filter_map(|r| r.expert.as_deref());
+        let mut names: Vec<&str> = Vec::new();
+        for name in given.chain(acting) {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        Self(names)
     }
 
     pub(super) fn names(&self) -> &[&'a str] {

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::palette::Palette;
-use super::{Record, Text, alpha_text, escape, label};
+use super::{Record, Text, alpha_text, escape, is_sum, label};
 
 const WIDTH: f64 = 900.0;
 const MARGIN: f64 = 16.0;
@@ -11,6 +11,8 @@ const MARGIN: f64 = 16.0;
 const LINE: f64 = 96.0;
 /// A further row of a token's text.
 const ROW: f64 = 19.0;
+/// Characters of a prompt that fit above its text.
+const HEADING: usize = 98;
 const BAR: f64 = 48.0;
 const CHARACTER: f64 = 9.0;
 /// Room for a marker and α's digits over a token of one character.
@@ -56,10 +58,10 @@ fn rows(text: &str) -> Vec<String> {
 pub fn svg(texts: &[Text]) -> String {
     let palette = Palette::new(texts);
     let mut body = String::new();
-    let mut y = legend(&mut body, &palette) + 24.0;
+    let mut y = legend(&mut body, &palette, is_sum(texts)) + 24.0;
     for text in texts {
-        if texts.len() > 1 {
-            let name = escape(&label(text, texts));
+        if texts.len() > 1 || text.prompt.is_some() {
+            let name = escape(&label(text, texts, HEADING));
             // Writing into a string can't fail.
             let _ = write!(body, "<text x=\"{MARGIN}\" y=\"{y:.1}\" class=\"name\">{name}</text>");
             y += 30.0;
@@ -96,9 +98,16 @@ fn marker(out: &mut String, index: Option<usize>, at: (f64, f64), size: f64) {
 }
 
 /// Draws the legend; how far down it reaches.
-fn legend(out: &mut String, palette: &Palette) -> f64 {
+fn legend(out: &mut String, palette: &Palette, is_sum: bool) -> f64 {
     let (mut x, mut y) = (MARGIN, LEGEND);
-    let notes = ["bar: α from 0 to 2", "underlined: not the large model’s choice"];
+    let bar = if is_sum { "bar: Σα from 0 to 2" } else { "bar: α from 0 to 2" };
+    let notes = [
+        bar,
+        "underlined: not the large model’s choice",
+        "·: space",
+        "↵: line end",
+        "∅: the end, or part of a character",
+    ];
     let experts = palette.names().iter().enumerate().map(|(index, &name)| (Some(index), name));
     for (index, text) in experts.chain(notes.map(|note| (None, note))) {
         // The letters of the legend are smaller than a token's.

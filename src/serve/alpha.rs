@@ -58,16 +58,11 @@ pub(super) fn read(body: &Fields<'_>, default: &FusionRule, ensemble: &Ensemble)
         let message = format!("`dlf.{unknown}`: there is no such setting; there are {}", FIELDS.join(", "));
         return Err(ApiError::invalid(message).about(&format!("dlf.{unknown}")));
     }
-    let method = match dlf.string("method")? {
-        None if dlf.get("alpha").is_some() => "static",
-        None => default.name(),
-        Some(method) => method,
-    };
-    let mut rule = match dlf.get("method") {
-        None if method == default.name() => default.clone(),
-        found => rule_of(method, default, ensemble).ok_or_else(|| {
+    let mut rule = match dlf.string("method")? {
+        None => default.clone(),
+        Some(method) => rule_of(method, default, ensemble).ok_or_else(|| {
             let known = methods(default, ensemble).join(", ");
-            dlf.wrong("method", &known, found.unwrap_or(&Value::Null))
+            dlf.wrong("method", &known, &method.into())
         })?,
     };
     let alpha = dlf.one_or_more("alpha", "a number, or one for each expert", MAX_EXPERTS, Value::as_f64)?;
@@ -84,7 +79,9 @@ pub(super) fn read(body: &Fields<'_>, default: &FusionRule, ensemble: &Ensemble)
 
 fn only(field: &str, method: &str) -> ApiError {
     let param = format!("dlf.{field}");
-    ApiError::invalid(format!("`{param}` is a setting of the {method} method alone")).about(&param)
+    let message =
+        format!("`{param}` is a setting of the {method} method alone: add \"method\": \"{method}\" to `dlf`");
+    ApiError::invalid(message).about(&param)
 }
 
 /// The settings of the dynamic method.

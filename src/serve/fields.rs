@@ -111,7 +111,7 @@ impl<'a> Fields<'a> {
     pub(super) fn unsupported(&self, name: &str, harmless: &[Value]) -> ApiResult<()> {
         match self.get(name) {
             Some(value) if !harmless.contains(value) => {
-                Err(self.wrong(name, "nothing: it isn't supported", value))
+                Err(ApiError::invalid(format!("`{name}` {} isn't supported", show(value))).about(name))
             }
             _ => Ok(()),
         }

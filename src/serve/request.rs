@@ -138,10 +138,10 @@ pub(super) fn parse(body: &[u8]) -> ApiResult<Value> {
 fn refuse_unsupported(fields: &Fields<'_>, form: Form) -> ApiResult<()> {
     fields.unsupported("suffix", &[json!("")])?;
     fields.unsupported("response_format", &[json!({ "type": "text" })])?;
+    fields.unsupported("tools", &[json!([])])?;
+    fields.unsupported("functions", &[json!([])])?;
+    fields.unsupported("tool_choice", &[json!("none"), json!("auto")])?;
     if form == Form::Chat {
-        fields.unsupported("tools", &[json!([])])?;
-        fields.unsupported("functions", &[json!([])])?;
-        fields.unsupported("tool_choice", &[json!("none"), json!("auto")])?;
         fields.unsupported("modalities", &[json!(["text"])])?;
         fields.unsupported("audio", &[])?;
     }

@@ -12,7 +12,7 @@ use safetensors::SafeTensors;
 
 use super::{Dtype, Storage, Tensor};
 use crate::error::{Error, Result};
-use crate::json::{Object, show};
+use crate::json::{LFS_POINTER, Object, is_lfs_pointer, show};
 
 /// A file begins with the length of its header.
 const LENGTH_BYTES: usize = size_of::<u64>();
@@ -125,6 +125,9 @@ impl Checkpoint {
     fn add_file(&mut self, path: &Path, storage: Storage) -> Result<()> {
         let malformed = |reason: String| Error::Weights { path: path.to_owned(), reason };
         let bytes = storage.bytes();
+        if is_lfs_pointer(bytes) {
+            return Err(malformed(LFS_POINTER.to_owned()));
+        }
         let (header_len, metadata) = SafeTensors::read_metadata(bytes)
             .map_err(|error| malformed(format!("damaged or cut off: {error}")))?;
         let data = bytes.get(LENGTH_BYTES + header_len..).unwrap_or_default();

@@ -12,7 +12,7 @@ use super::report::{Record, Samples, mean_and_deviation};
 use super::shapes::{Pair, pair};
 use super::{Common, Target};
 use crate::backend::{Backend, Batch, Choice, FuseRow, Limits, Row};
-use crate::cli::args::{Method, ModelArgs};
+use crate::cli::args::{Method, ModelArgs, positive};
 use crate::ensemble::Ensemble;
 use crate::fusion::FusionRule;
 use crate::generate::blocks_needed;
@@ -42,7 +42,7 @@ pub(super) struct DecodeArgs {
     #[command(flatten)]
     pub(super) models: ModelBenchArgs,
     /// Tokens to generate.
-    #[arg(long, short = 'n', value_name = "N,…", value_delimiter = ',', default_value = "128", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, short = 'n', value_name = "N,…", value_delimiter = ',', default_value = "128", value_parser = positive::<u32>)]
     generate: Vec<u32>,
     /// Tokens before the first one. The cache is there, and holds zeros.
     #[arg(long, short, value_name = "N,…", value_delimiter = ',', default_value = "0")]
@@ -57,7 +57,7 @@ pub(super) struct PrefillArgs {
     #[command(flatten)]
     pub(super) models: ModelBenchArgs,
     /// Tokens of the prompt [default: 512, of the demo ensemble 128].
-    #[arg(long, short, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, short, value_name = "N,…", value_delimiter = ',', value_parser = positive::<u32>)]
     prompt: Vec<u32>,
     /// Tokens before it. The cache is there, and holds zeros.
     #[arg(long, short, value_name = "N,…", value_delimiter = ',', default_value = "0")]

@@ -8,7 +8,8 @@ use crate::backend::Device;
 use crate::backend::cpu::available_threads;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::{ColdCaches, Gpu};
-use crate::cli::args::DeviceArgs;
+use crate::cli::args::{DeviceArgs, positive};
+use crate::cli::setup::note;
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Devices")]
@@ -26,7 +27,7 @@ pub(super) struct TargetArgs {
     #[arg(long)]
     eager: bool,
     /// Threads on a CPU [default: one a core].
-    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = positive::<u16>)]
     threads: Vec<u16>,
 }
 
@@ -57,12 +58,19 @@ impl TargetArgs {
                 vec![Device::Split { large: large.unwrap_or(0), small: small.unwrap_or(0) }]
             }
         };
-        let mut targets = Vec::new();
-        for device in devices {
+        let (mut targets, last) = (Vec::new(), devices.len().saturating_sub(1));
+        for (place, device) in devices.into_iter().enumerate() {
             let plain = DeviceArgs::new(device, None, self.eager);
             plain.note_fallback(false);
             if plain.gpu().is_some() || self.threads.is_empty() {
-                targets.push(Target::measure(plain)?);
+                match Target::measure(plain) {
+                    Ok(target) => targets.push(target),
+                    // The rows of the others are worth having.
+                    Err(error) if is_of_device(&error) && (place < last || !targets.is_empty()) => {
+                        note(false, [format!("left out: {error}")]);
+                    }
+                    Err(error) => return Err(error),
+                }
                 continue;
             }
             for &threads in &self.threads {
@@ -71,6 +79,11 @@ impl TargetArgs {
         }
         Ok(targets)
     }
+}
+
+/// Whether a device isn't there, or can't be used.
+fn is_of_device(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(crate::Error::Device { .. }))
 }
 
 impl Target {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 
-use crate::cli::args::{DeviceArgs, DynamicArgs, Method, ModelArgs, Search, method};
+use crate::cli::args::{DeviceArgs, DynamicArgs, Method, ModelArgs, Search, method, positive};
 use crate::ensemble::Ensemble;
 use crate::fusion::FusionRule;
 
@@ -72,13 +72,13 @@ pub(crate) struct TaskArgs {
     #[arg(long, value_name = "FILE", help_heading = "Task")]
     pub(crate) fewshot_data: Option<PathBuf>,
     /// Only the first N samples.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Task")]
+    #[arg(long, value_name = "N", value_parser = positive::<u32>, help_heading = "Task")]
     pub(crate) limit: Option<u32>,
     /// Put the prompt through each model's chat template; models without one get it as it is.
     #[arg(long, help_heading = "Task")]
     pub(crate) chat: bool,
     /// Generate at most N tokens, instead of the task's own number.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Task")]
+    #[arg(long, value_name = "N", value_parser = positive::<u32>, help_heading = "Task")]
     pub(crate) max_new_tokens: Option<u32>,
     /// 0 is greedy.
     #[arg(long, value_name = "T", default_value = "0", help_heading = "Task")]
@@ -156,7 +156,11 @@ fn eval_method(text: &str) -> Result<EvalMethod, String> {
             }
             _ => Err(format!("expected dynamic:grid or dynamic:refine, found {text:?}")),
         },
-        _ => Ok(EvalMethod { label, method: method(text)?, alpha: None, refine: None }),
+        _ => {
+            let known = "expected large, small, expert[:NAME], static[:ALPHA] or dynamic[:grid|:refine]";
+            let method = method(text).map_err(|_| known.to_owned())?;
+            Ok(EvalMethod { label, method, alpha: None, refine: None })
+        }
     }
 }
 

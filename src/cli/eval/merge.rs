@@ -8,12 +8,14 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::args::MergeArgs;
-use super::store::{Lines, Store, read_info, read_method, write_method};
+use super::store::{Lines, Store, is_run, read_info, read_method, write_method};
 use super::{no_scores, report};
 use crate::cli::settings::check_same;
 use crate::eval::{Metric, Summary};
 
 pub(super) fn run(args: &MergeArgs) -> Result<ExitCode> {
+    let output = args.output.display();
+    ensure!(!is_run(&args.output), "{output} holds the results of a run: name another directory");
     let (dirs, mut info) = shards(&args.dirs)?;
     let samples = info["samples"].as_u64().context("run.json: no number of `samples`")? as usize;
     let strings = |field: &str, key: Option<&str>| -> Result<Vec<String>> {

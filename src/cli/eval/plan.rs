@@ -11,7 +11,7 @@ use crate::backend::Limits;
 use crate::cli::args::{Method, ModelArgs};
 use crate::cli::output::check_distinct;
 use crate::cli::settings;
-use crate::cli::setup::open;
+use crate::cli::setup::{note, open, swapped};
 use crate::ensemble::Ensemble;
 use crate::eval::{Decoding, Encoder, Plan, Sample, Task, fingerprint, parse_samples};
 use crate::fusion::FusionRule;
@@ -89,6 +89,7 @@ impl Prepared {
             _ => Method::Dynamic,
         };
         let ensemble = Arc::new(models.load(&alone)?);
+        note(args.quiet, swapped(&ensemble));
         let mut rules: Vec<(String, FusionRule)> = Vec::new();
         for method in methods {
             ensure!(
@@ -121,6 +122,12 @@ impl Prepared {
             encoder: Encoder { ensemble: &self.ensemble, chat: args.chat },
             decoding: &self.decoding,
         }
+    }
+
+    /// The file and line of a sample.
+    pub(crate) fn place(&self, index: usize) -> String {
+        let line = self.data.samples.get(index).map_or(0, |sample| sample.line);
+        format!("{}:{line}", self.data.path.display())
     }
 
     /// A generator whose cache holds the longest sequence `batch_size` times; `choices` is how many a sample may have.

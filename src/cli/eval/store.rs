@@ -45,9 +45,10 @@ impl Store {
     /// Makes the directory, or checks that it holds the same run.
     pub(super) fn open(dir: Option<&Path>, resume: bool, info: Value) -> Result<Self> {
         let Some(dir) = dir else { return Ok(Self { dir: None, resumed: false }) };
+        ensure!(!dir.is_file(), "--output {}: this is a file; results go to a directory", dir.display());
         fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
         let path = dir.join(RUN);
-        let resumed = path.exists();
+        let resumed = is_run(dir);
         if resumed {
             ensure!(
                 resume,
@@ -112,6 +113,11 @@ impl Store {
             .as_ref()
             .map_or(Ok(()), |dir| settings::write(&dir.join(SUMMARY), &serde_json::to_value(summary)?))
     }
+}
+
+/// Whether a directory holds the results of a run.
+pub(super) fn is_run(dir: &Path) -> bool {
+    dir.join(RUN).exists()
 }
 
 /// The results of one method.
