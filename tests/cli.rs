@@ -302,7 +302,10 @@ fn wrong_input_is_named() {
     let large_only = |dir| ["generate", "--large", dir, "--method", "large", "--prompt", "x"];
     fails(&large_only("no/such/dir"), "--large no/such/dir: no such directory; nothing is downloaded");
     fails(&large_only("README.md"), "--large README.md is a file; a model is a directory with a config.json");
-    fails(&["generate", "--expert", "x=", "--method", "expert"], "--expert x=: the directory is missing");
+    fails(
+        &["generate", "--expert", "x=", "--method", "expert", "--prompt", "x"],
+        "--expert x=: the directory",
+    );
     fails(&["generate", "--large", &large, "--method", "large", "--prompt", "x"], "no tokenizer");
     fails(&["generate", "--large", &large, "--method", "large", "--prompt-ids", "9999"], "token id 9999");
     fails(&["generate", "--large", &large, "--method", "large"], "give a prompt");

@@ -211,7 +211,7 @@ fn texts_are_called_by_their_prompts_and_experts_keep_their_colours() {
 #[test]
 fn several_experts_at_once_are_drawn_as_a_sum() {
     let svg = picture(&[record(0, "x", &[0.5, 1.0], None)], "p.svg");
-    assert!(svg.contains("bar: Σα from 0 to 2") && svg.contains(r#"class="alpha">1.5</text>"#), "{svg}");
+    assert!(svg.contains("bar: Σα, 0 to 2") && svg.contains(r#"class="alpha">1.5</text>"#), "{svg}");
 }
 
 #[test]

@@ -21,6 +21,8 @@ impl Templates {
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
         environment.set_fuel(Some(FUEL));
+        // So that errors know their place.
+        environment.set_debug(true);
         Ok(Self(environment))
     }
 

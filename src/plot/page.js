@@ -157,3 +157,6 @@ for (const input of document.querySelectorAll("[name=by]")) {
   input.onchange = () => root.classList.toggle("by-alpha", input.value === "alpha");
   if (input.checked) input.onchange();
 }
+const hint = box.firstElementChild;
+show(0);
+box.append(hint);

@@ -100,14 +100,8 @@ fn marker(out: &mut String, index: Option<usize>, at: (f64, f64), size: f64) {
 /// Draws the legend; how far down it reaches.
 fn legend(out: &mut String, palette: &Palette, is_sum: bool) -> f64 {
     let (mut x, mut y) = (MARGIN, LEGEND);
-    let bar = if is_sum { "bar: Σα from 0 to 2" } else { "bar: α from 0 to 2" };
-    let notes = [
-        bar,
-        "underlined: not the large model’s choice",
-        "·: space",
-        "↵: line end",
-        "∅: the end, or part of a character",
-    ];
+    let bar = if is_sum { "bar: Σα, 0 to 2" } else { "bar: α, 0 to 2" };
+    let notes = [bar, "underlined: changed by fusion", "· space", "↵ line end", "∅ no text (end)"];
     let experts = palette.names().iter().enumerate().map(|(index, &name)| (Some(index), name));
     for (index, text) in experts.chain(notes.map(|note| (None, note))) {
         // The letters of the legend are smaller than a token's.
