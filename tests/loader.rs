@@ -400,3 +400,16 @@ fn adapters_must_fit() {
     let message = LoraAdapter::load(dir.path(), &config).unwrap_err().to_string();
     assert!(message.contains("expected shape [4, 8], found shape [2, 8]"), "{message}");
 }
+
+#[test]
+fn what_git_lfs_left_in_the_place_of_a_file_is_named() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n";
+    let dir = tempfile::tempdir().unwrap();
+    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/ensemble/small/config.json");
+    fs::copy(config, dir.path().join("config.json")).unwrap();
+    for file in ["model.safetensors", "config.json"] {
+        fs::write(dir.path().join(file), pointer).unwrap();
+        let message = load(dir.path()).unwrap_err().to_string();
+        assert!(message.contains(&format!("{file}: a Git LFS pointer instead of the file")), "{message}");
+    }
+}

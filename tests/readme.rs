@@ -36,3 +36,19 @@ fn every_command_succeeds() {
     }
     assert!(ran >= 6, "{ran}");
 }
+
+/// The answers in the README's first table are those of the demo ensemble to its own question.
+#[test]
+fn the_first_table_has_what_the_models_say() {
+    let readme = include_str!("../README.md");
+    for (method, row) in
+        [("large", "large model alone"), ("expert:sums", "expert alone"), ("dynamic", "fused")]
+    {
+        let output =
+            Command::new(cargo_bin("dlf-engine")).args(["generate", "--method", method]).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let cells: Vec<String> = text.trim().lines().map(|line| format!("`{line}`")).collect();
+        let line = format!("| {row} | {} |", cells.join(" "));
+        assert!(readme.contains(&line), "{line}");
+    }
+}
