@@ -32,6 +32,9 @@ use crate::kv_cache::BLOCK_SIZE;
 /// Recorded steps that are kept: batch sizes in use, lengths as powers of two, and two halves of the logits.
 const MOST_GRAPHS: usize = 32;
 
+/// The block that moves all rows on.
+const ONE: Grid = Grid { blocks: (1, 1, 1), threads: (256, 1, 1), shared: 0 };
+
 /// What a step runs on.
 pub(crate) struct Machine<'a> {
     pub(crate) gpu: &'a Gpu,
@@ -95,10 +98,9 @@ impl Ahead {
     pub(crate) fn new(gpu: &Gpu, stream: &Arc<CudaStream>, enabled: bool) -> Result<Self> {
         let (advance, stamp) = (gpu.kernel("step", "advance")?, gpu.kernel("step", "stamp")?);
         if enabled {
-            // Nothing is loaded while a graph is recorded, and all its other kernels ran in the steps before it.
             gpu.load_all(&[&advance, &stamp], || Ok(()))?;
         }
-        Ok(Self {
+        let ahead = Self {
             graphs: HashMap::new(),
             chain: None,
             advance,
@@ -108,7 +110,23 @@ impl Ahead {
             blocks: Vec::new(),
             steady: false,
             enabled,
-        })
+        };
+        if enabled {
+            // A driver that loads lazily may put a kernel's code into place only when it is first launched, which must not
+            // happen while a graph is recorded. All other kernels of a graph ran in the steps before it.
+            let nothing = AdvanceArgs { slots: 1, stamps: ahead.stamps.address(), ..AdvanceArgs::default() };
+            // SAFETY: there are no rows, and two stamps.
+            unsafe { gpu.launch(stream, &ahead.advance, ONE, &nothing) }?;
+            ahead.launch_stamp(gpu, stream)?;
+        }
+        Ok(ahead)
+    }
+
+    /// Puts the stamp of the large model's end into `stream`.
+    fn launch_stamp(&self, gpu: &Gpu, stream: &CudaStream) -> Result<()> {
+        let args = StampArgs { to: self.stamps.address() + size_of::<u64>() as u64 };
+        // SAFETY: there are two stamps.
+        unsafe { gpu.launch(stream, &self.stamp, Grid { threads: (1, 1, 1), ..ONE }, &args) }
     }
 
     /// Notes a batch that was computed on demand; `whole` where each group computed its rows in one turn.
@@ -276,7 +294,6 @@ impl Ahead {
     /// All that a step is, in streams that are being recorded.
     fn record(&self, machine: &mut Machine<'_>, shape: StepShape) -> Result<()> {
         let (gpu, stream, place) = (machine.gpu, machine.stream, machine.places[shape.half % 2]);
-        let one = Grid { blocks: (1, 1, 1), threads: (256, 1, 1), shared: 0 };
         let rows = |group: Option<&Group>| group.map(Group::step_rows).unwrap_or_default();
         let args = AdvanceArgs {
             large: rows(machine.large),
@@ -291,7 +308,7 @@ impl Ahead {
         };
         // SAFETY: the groups' lists have `rows` entries each, every row wants its logits (`decodes`), and the slots
         // are those that fusion decided (`foresees`). The groups wait for this launch, and fusion for them.
-        unsafe { gpu.launch(stream, &self.advance, one, &args) }?;
+        unsafe { gpu.launch(stream, &self.advance, ONE, &args) }?;
         let begun = gpu.record(stream)?;
         let large = machine.large.zip(shape.large);
         let running = [large, machine.small.zip(shape.small)];
@@ -300,10 +317,7 @@ impl Ahead {
             group.run(shape.splits, place)?;
         }
         if let Some((group, _)) = large {
-            let grid = Grid { threads: (1, 1, 1), ..one };
-            let args = StampArgs { to: self.stamps.address() + size_of::<u64>() as u64 };
-            // SAFETY: there are two stamps.
-            unsafe { gpu.launch(group.stream(), &self.stamp, grid, &args) }?;
+            self.launch_stamp(gpu, group.stream())?;
         }
         for (group, _) in running.iter().flatten() {
             let done = gpu.record(group.stream())?;

@@ -185,7 +185,7 @@ pub(crate) struct StepRows {
 }
 
 /// `AdvanceArgs` in step.cu.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub(crate) struct AdvanceArgs {
     pub(crate) large: StepRows,
