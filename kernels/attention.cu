@@ -2,7 +2,7 @@
 #include "attention.cuh"
 
 // Positions of a split. Fixed, so that a row's result doesn't depend on the others.
-constexpr u32 SPLIT = 256;
+constexpr u32 SPLIT = 64;
 constexpr u32 WARPS = 4;
 
 // Softmax over some positions: the largest score, Σ exp(s − m), and a lane's part of Σ exp(s − m) v.
@@ -10,6 +10,27 @@ struct State {
     float m = -INFINITE;
     float l = 0;
     float o[8] = {};
+
+    // Positions that come together; a score of −∞ counts nothing.
+    template <u32 COUNT>
+    __device__ void add(const float (&scores)[COUNT], const float (&v)[COUNT][8]) {
+        float top = m;
+#pragma unroll
+        for (u32 p = 0; p < COUNT; p++) top = fmaxf(top, scores[p]);
+        if (top == -INFINITE) return;
+        const float a = __expf(m - top);
+        m = top;
+        l *= a;
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) o[i] *= a;
+#pragma unroll
+        for (u32 p = 0; p < COUNT; p++) {
+            const float weight = __expf(scores[p] - top);
+            l += weight;
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) o[i] = fmaf(weight, v[p][i], o[i]);
+        }
+    }
 
     __device__ void merge(float other_m, float other_l, const float (&other_o)[8]) {
         const float top = fmaxf(m, other_m);
@@ -28,7 +49,8 @@ __device__ void load8(const float* from, u32 d, u32 head_dim, bool exists, float
     for (u32 i = 0; i < 8; i++) x[i] = 0;
     if (!exists || d >= head_dim) return;
     if (head_dim % 8 == 0) {
-        const float4 low = *reinterpret_cast<const float4*>(from + d), high = *reinterpret_cast<const float4*>(from + d + 4);
+        const float4* at = reinterpret_cast<const float4*>(from + d);
+        const float4 low = __ldg(at), high = __ldg(at + 1);
         x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
         x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
         return;
@@ -72,23 +94,47 @@ __device__ void attention(const AttentionArgs& args) {
         for (u32 i = 0; i < 8; i++) q[g][i] *= args.scale;
     }
 
-    for (u32 base = first + warp * at_once; base < last; base += WARPS * at_once) {
-        const u32 position = base + mine;
-        const bool exists = position < last;
-        float k[8], v[8];
-        const u64 block = exists ? blocks[position / BLOCK_SIZE] : 0;
-        const u64 slot = (block * 2 * args.kv_heads + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE;
-        load8(cache + slot * args.head_dim, d, args.head_dim, exists, k);
-        load8(cache + (slot + u64(args.kv_heads) * BLOCK_SIZE) * args.head_dim, d, args.head_dim, exists, v);
+    // Several positions a lane come at once, so that few times anything waits for memory.
+    constexpr u32 AT_ONCE = G <= 4 ? 4 : 2;
+    const u32 step = WARPS * at_once;
+    for (u32 base = first + warp * at_once + mine; base - mine < last; base += AT_ONCE * step) {
+        u32 block[AT_ONCE];
+        float k[AT_ONCE][8], v[AT_ONCE][8], scores[G][AT_ONCE];
+#pragma unroll
+        for (u32 p = 0; p < AT_ONCE; p++) block[p] = blocks[min(base + p * step, last - 1) / BLOCK_SIZE];
+#pragma unroll
+        for (u32 p = 0; p < AT_ONCE; p++) {
+            const u32 position = base + p * step;
+            const bool exists = position < last;
+            const u64 slot = (u64(block[p]) * 2 * args.kv_heads + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE;
+            load8(cache + slot * args.head_dim, d, args.head_dim, exists, k[p]);
+            load8(cache + (slot + u64(args.kv_heads) * BLOCK_SIZE) * args.head_dim, d, args.head_dim, exists, v[p]);
+        }
 #pragma unroll
         for (u32 g = 0; g < G; g++) {
-            float score = 0;
 #pragma unroll
-            for (u32 i = 0; i < 8; i++) score = fmaf(q[g][i], k[i], score);
-            for (u32 distance = args.lanes / 2; distance > 0; distance /= 2) {
-                score += __shfl_xor_sync(ALL_LANES, score, distance);
+            for (u32 p = 0; p < AT_ONCE; p++) {
+                scores[g][p] = 0;
+#pragma unroll
+                for (u32 i = 0; i < 8; i++) scores[g][p] = fmaf(q[g][i], k[p][i], scores[g][p]);
             }
-            if (exists) states[g].merge(score, 1.0f, v);
+        }
+#pragma unroll
+        for (u32 distance = WARP / 2; distance > 0; distance /= 2) {
+            if (distance >= args.lanes) continue;
+#pragma unroll
+            for (u32 g = 0; g < G; g++) {
+#pragma unroll
+                for (u32 p = 0; p < AT_ONCE; p++) scores[g][p] += __shfl_xor_sync(ALL_LANES, scores[g][p], distance);
+            }
+        }
+#pragma unroll
+        for (u32 g = 0; g < G; g++) {
+#pragma unroll
+            for (u32 p = 0; p < AT_ONCE; p++) {
+                if (base + p * step >= last) scores[g][p] = -INFINITE;
+            }
+            states[g].add(scores[g], v);
         }
     }
 
@@ -141,20 +187,22 @@ __device__ void attention(const AttentionArgs& args) {
 //
 // grid   (heads, rows) × 128 threads
 // bytes  what the splits of a row wrote: heads · splits · (head_dim + 2) f32; bound by latency
-extern "C" __global__ void attention_merge(const AttentionArgs args) {
-    const u32 head = blockIdx.x, row = args.alone[blockIdx.y];
+extern "C" __global__ __launch_bounds__(128) void attention_merge(const AttentionArgs args) {
+    const u32 head = blockIdx.x, row = args.alone[blockIdx.y], lane = threadIdx.x % WARP;
     const u32 splits = args.position[row] / SPLIT + 1;
     const u64 first = (u64(blockIdx.y) * args.heads + head) * args.splits;
-    float top = -INFINITE;
-    for (u32 s = 0; s < splits; s++) top = fmaxf(top, args.state[2 * (first + s)]);
-    float total = 0;
-    for (u32 s = 0; s < splits; s++) {
-        total = fmaf(__expf(args.state[2 * (first + s)] - top), args.state[2 * (first + s) + 1], total);
-    }
+    const float* state = args.state + 2 * first;
+    float top = -INFINITE, total = 0;
+    for (u32 s = lane; s < splits; s += WARP) top = fmaxf(top, state[2 * s]);
+#pragma unroll
+    for (u32 distance = WARP / 2; distance > 0; distance /= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, distance));
+    for (u32 s = lane; s < splits; s += WARP) total = fmaf(__expf(state[2 * s] - top), state[2 * s + 1], total);
+    total = warp_sum(total);
     for (u32 i = threadIdx.x; i < args.head_dim; i += blockDim.x) {
         float sum = 0;
+#pragma unroll 8
         for (u32 s = 0; s < splits; s++) {
-            sum = fmaf(__expf(args.state[2 * (first + s)] - top), args.partial[(first + s) * args.head_dim + i], sum);
+            sum = fmaf(__expf(state[2 * s] - top), args.partial[(first + s) * args.head_dim + i], sum);
         }
         args.attended[u64(row) * args.query_stride + head * args.head_dim + i] = sum / total;
     }

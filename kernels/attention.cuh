@@ -22,7 +22,7 @@ struct AttentionArgs {
     u32 heads;
     u32 kv_heads;
     u32 head_dim;
-    u32 splits;               // of the launch: at least position / 256 + 1 of every row
+    u32 splits;               // of the launch: at least position / 64 + 1 of every row
     u32 lanes;                // that share a position: a power of two, lanes · 8 ≥ head_dim
     float scale;              // 1 / √head_dim
 };

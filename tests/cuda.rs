@@ -151,7 +151,7 @@ fn many_rows_go_to_tensor_cores() {
 fn a_long_context_is_split() {
     let (models, sequences) = shortened(mixed_ensemble(EVEN, Dtype::F16), 300);
     let (models, sequences) = (vec![models[0].clone()], sequences.into_iter().take(1).collect::<Vec<_>>());
-    // 300 positions are two splits of attention.
+    // 300 positions are five splits of attention.
     let batches = [vec![(0, 0..200)], vec![(0, 200..290)], vec![(0, 290..300)]];
     let (gpu, mut device) = cuda(models.clone());
     let found = feed(&mut device, &sequences, &batches);

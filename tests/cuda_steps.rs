@@ -265,7 +265,7 @@ fn kernels_are_loaded_when_they_are_needed() {
     // and its merge; for prompts three projections, their rows, and attention; and two of the graph.
     let at_first = 8 + 5 + 2;
     assert_eq!(loads(), at_first);
-    // Its positions go from one split of attention to two.
+    // Its positions go from four splits of attention to five, for which the graph has eight.
     let mut request = Request::new(prompt(0, 250), 12);
     request.ignore_eos = true;
     generator.push(request).unwrap();

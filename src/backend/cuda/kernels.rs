@@ -22,7 +22,7 @@ pub(crate) const WIDE_UNITS: usize = 32;
 const HEADS: [usize; 4] = [1, 2, 4, 8];
 
 /// Positions of a split of attention.
-pub(crate) const SPLIT: usize = 256;
+pub(crate) const SPLIT: usize = 64;
 
 /// Columns of the values that a block of attention on tensor cores computes.
 pub(crate) const WIDE_COLUMNS: usize = 128;

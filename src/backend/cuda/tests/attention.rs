@@ -408,9 +408,9 @@ fn causal(
     o.into_iter().map(near).collect()
 }
 
-/// Lengths around the borders of blocks of 16 and of splits of 256, in rows that differ.
+/// Lengths around the borders of blocks of 16 and of splits of 64, in rows that differ.
 const SHORT: &[usize] = &[1, 15, 16, 17, 2, 33, 9];
-const LONG: &[usize] = &[255, 1, 257, 512, 256, 513, 100];
+const LONG: &[usize] = &[63, 1, 65, 512, 64, 257, 100];
 const LONGEST: &[usize] = &[1025, 768, 769, 17];
 
 fn cases() -> Vec<Case> {
