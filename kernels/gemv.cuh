@@ -47,16 +47,15 @@ struct Piece<float> {
     static __device__ u32 place(u32 q) { return (q / 32) * PLANE + (q % 32) * 4; }
 };
 
-// Dynamic shared memory: staged rows (M, chunk, STAGED), squares (M, panels), scales (M,), sums (warps, M, outputs), ticket.
+// Dynamic shared memory: staged rows (M, chunk, STAGED), squares (M, panels), sums (warps, M, outputs), ticket.
 template <u32 M>
 struct Shared {
     float* staged;
     float* squares;
-    float* scale;
     float* sums;
     u32* ticket;
     __device__ Shared(float* memory, u32 chunk, u32 panels)
-        : staged(memory), squares(memory + M * chunk * STAGED), scale(squares + M * panels), sums(scale + M),
+        : staged(memory), squares(memory + M * chunk * STAGED), sums(squares + M * panels),
           ticket(reinterpret_cast<u32*>(sums + GEMV_WARPS * UNIT * M)) {}
 };
 
@@ -93,6 +92,22 @@ __device__ void stage(const Product& p, const float* norm, Span span, Shared<M> 
     }
 }
 
+// The four weight rows of a unit, and those of their panels that are on their way.
+template <typename T, u32 AHEAD>
+struct Stream {
+    const T* row[UNIT];
+    Piece<T> pieces[AHEAD][UNIT];
+    // Asks for the panels panel .. panel + AHEAD.
+    __device__ void load(u32 panel, u32 panels, u32 lane, u32 stride) {
+#pragma unroll
+        for (u32 a = 0; a < AHEAD; a++) {
+            if (panel + a >= panels) continue;
+#pragma unroll
+            for (u32 r = 0; r < UNIT; r++) pieces[a][r].load(row[r], panel + a, lane, stride);
+        }
+    }
+};
+
 // The product for up to M rows of each set.
 template <typename T, u32 M>
 struct Gemv {
@@ -101,14 +116,15 @@ struct Gemv {
     //
     // `row_of(unit, r)` is the weight row of output r of a unit; past the end it may be any row that exists, and finish
     // drops it. `segment(row)` is the part of lora_t that belongs to a weight row.
+    //
+    // Weights don't depend on what is staged: a tile's first panels are asked for before that, or while the tile before it
+    // is finished. Warps of a block meet only where rows are staged.
     template <u32 PARTS, typename RowOf, typename Segment, typename Finish>
     static __device__ void run(const Product& p, u32 units, RowOf row_of, Segment segment, Finish finish) {
         extern __shared__ float4 memory[];
         const u32 set = blockIdx.z, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
         u32 ticket = 0;
         if (p.producers && threadIdx.x == 0) ticket = atomicAdd(p.progress + 2 * set, 1);
-        const Span span(p, set, 0, M);
-        if (span.count == 0) return;
         const u32 panels = (p.stride + PANEL - 1) / PANEL;
         const Shared<M> shared(reinterpret_cast<float*>(memory), p.chunk, panels);
         const T* weights = advance(static_cast<const T*>(p.weights), set * p.set_stride);
@@ -116,7 +132,6 @@ struct Gemv {
         const float* bias = p.bias ? advance(p.bias, set * p.set_stride) : nullptr;
         const u32 tiles = (units + GEMV_WARPS - 1) / GEMV_WARPS;
         constexpr u32 AHEAD = M <= 4 ? 2 : 1;  // panels in flight
-        bool staged = false;
 
         const u32 blocks = gridDim.x - p.producers;
         u32 tile = blockIdx.x;
@@ -127,11 +142,22 @@ struct Gemv {
             if (ticket < p.producers) return produce(p, norm, set, ticket);
             tile = ticket - p.producers;
         }
+        Stream<T, AHEAD> stream;
+        bool asked = false;  // for the panels that come next
+        const auto begin = [&](u32 unit) {
+#pragma unroll
+            for (u32 r = 0; r < UNIT; r++) stream.row[r] = weights + u64(row_of(unit, r)) * p.stride;
+            stream.load(0, panels, lane, p.stride);
+            asked = true;
+        };
+        if (tile < tiles) begin(tile * GEMV_WARPS + warp);
+        const Span span(p, set, 0, M);
+        if (span.count == 0) return;
+        bool staged = false;
+        float scale = 0;  // lane m: 1/√(mean x² + ε) of row m
+        float* mine = shared.sums + warp * UNIT * M;
         for (; tile < tiles; tile += blocks) {
             const u32 unit = tile * GEMV_WARPS + warp;
-            const T* row[UNIT];
-#pragma unroll
-            for (u32 r = 0; r < UNIT; r++) row[r] = weights + u64(row_of(unit, r)) * p.stride;
             float sums[UNIT][M] = {};
 
             for (u32 first = 0; first < panels; first += p.chunk) {
@@ -141,46 +167,39 @@ struct Gemv {
                     __syncthreads();
                     stage<T, M>(p, norm, span, shared, first, count, panels);
                     __syncthreads();
+                    if (norm && lane < M && first + count == panels) {
+                        float total = 0;
+                        for (u32 panel = 0; panel < panels; panel++) total += shared.squares[lane * panels + panel];
+                        scale = 1.0f / sqrtf(total / float(p.cols) + norm[p.stride]);
+                    }
                     staged = true;
                 }
+                // A chunk that isn't the last is a multiple of AHEAD.
                 for (u32 panel = 0; panel < count; panel += AHEAD) {
-                    Piece<T> pieces[AHEAD][UNIT];
+                    if (!asked) stream.load(first + panel, panels, lane, p.stride);
+                    asked = false;
 #pragma unroll
                     for (u32 a = 0; a < AHEAD; a++) {
-                        if (panel + a < count) {
+                        if (panel + a >= count) continue;
+                        float w[UNIT][8];
 #pragma unroll
-                            for (u32 r = 0; r < UNIT; r++) pieces[a][r].load(row[r], first + panel + a, lane, p.stride);
-                        }
-                    }
+                        for (u32 r = 0; r < UNIT; r++) stream.pieces[a][r].get(w[r]);
 #pragma unroll
-                    for (u32 a = 0; a < AHEAD; a++) {
-                        if (panel + a < count) {
-                            float w[UNIT][8];
+                        for (u32 m = 0; m < M; m++) {
+                            const float* from = shared.staged + (m * p.chunk + panel + a) * STAGED + 4 * lane;
+                            const float4 low = *reinterpret_cast<const float4*>(from);
+                            const float4 high = *reinterpret_cast<const float4*>(from + PLANE);
+                            const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-                            for (u32 r = 0; r < UNIT; r++) pieces[a][r].get(w[r]);
+                            for (u32 r = 0; r < UNIT; r++) {
 #pragma unroll
-                            for (u32 m = 0; m < M; m++) {
-                                const float* from = shared.staged + (m * p.chunk + panel + a) * STAGED + 4 * lane;
-                                const float4 low = *reinterpret_cast<const float4*>(from);
-                                const float4 high = *reinterpret_cast<const float4*>(from + PLANE);
-                                const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-                                for (u32 r = 0; r < UNIT; r++) {
-#pragma unroll
-                                    for (u32 i = 0; i < 8; i++) sums[r][m] = fmaf(w[r][i], x[i], sums[r][m]);
-                                }
+                                for (u32 i = 0; i < 8; i++) sums[r][m] = fmaf(w[r][i], x[i], sums[r][m]);
                             }
                         }
                     }
                 }
             }
 
-            if (norm && threadIdx.x < M) {
-                float total = 0;
-                for (u32 panel = 0; panel < panels; panel++) total += shared.squares[threadIdx.x * panels + panel];
-                shared.scale[threadIdx.x] = 1.0f / sqrtf(total / float(p.cols) + norm[p.stride]);
-            }
-            float* mine = shared.sums + warp * UNIT * M;
 #pragma unroll
             for (u32 r = 0; r < UNIT; r++) {
 #pragma unroll
@@ -189,19 +208,23 @@ struct Gemv {
                     if (lane == 0) mine[m * UNIT + r] = sum;
                 }
             }
-            if (p.producers && tile < blocks && threadIdx.x == 0) await_producers(p, set);
-            __syncthreads();
+            if (tile + blocks < tiles) begin(unit + blocks * GEMV_WARPS);
+            if (p.producers && tile < blocks) {
+                if (threadIdx.x == 0) await_producers(p, set);
+                __syncthreads();
+            }
+            __syncwarp();
             // From here on the rows come one after another: unrolled, this part would be most of the code.
 #pragma unroll 1
             for (u32 m = 0; m < span.count; m++) {
                 const u32 x_row = p.rows ? p.rows[span.first + m] : span.first + m;
                 const u32 adapter = p.lora_b ? p.adapter[x_row] : NO_ADAPTER;
+                const float factor = norm ? __shfl_sync(ALL_LANES, scale, m) : 1.0f;
                 float y[UNIT];
 #pragma unroll
                 for (u32 r = 0; r < UNIT; r++) {
                     const u32 n = row_of(unit, r);
-                    y[r] = mine[m * UNIT + r];
-                    if (norm) y[r] *= shared.scale[m];
+                    y[r] = mine[m * UNIT + r] * factor;
                     if (adapter != NO_ADAPTER) {
                         const float* b = advance(p.lora_b, adapter * p.lora_stride) + u64(n) * p.rank;
                         const float* t = p.lora_t + (u64(x_row) * p.segments + segment(n)) * p.rank;
@@ -213,8 +236,8 @@ struct Gemv {
                 }
                 if (lane < PARTS) finish(unit, lane, span.first + m, x_row, y);
             }
-            // The next tile writes sums and scales again.
-            __syncthreads();
+            // The next tile writes sums again.
+            __syncwarp();
         }
     }
 };

@@ -283,8 +283,10 @@ pub(crate) fn split_words(dtype: Dtype, stride: usize) -> usize {
 /// Panels that fit shared memory at once for M rows of `stride` columns, and the shared memory of that, in bytes.
 pub(crate) fn staging(rows: usize, stride: usize) -> (usize, usize) {
     let panels = stride.div_ceil(PANEL);
-    let fixed = rows * panels + rows + WARPS * OUTPUTS * rows + 1;
-    let chunk = (SHARED.saturating_sub(fixed) / (rows * STAGED)).clamp(1, panels.max(1));
+    let fixed = rows * panels + WARPS * OUTPUTS * rows + 1;
+    let fits = (SHARED.saturating_sub(fixed) / (rows * STAGED)).clamp(1, panels.max(1));
+    // Panels of few rows come in pairs.
+    let chunk = if rows <= 4 && fits < panels { fits - fits % 2 } else { fits };
     (chunk, (rows * chunk * STAGED + fixed) * size_of::<f32>())
 }
 
