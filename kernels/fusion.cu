@@ -11,10 +11,11 @@
 // All lanes of all experts walk over the same tokens: each logit is read from memory once, whatever their number.
 //
 // grid    (slices, rows) × 256 threads. A warp loads 32 tokens of every model, coalesced, into shared memory; then
-//         its lanes walk over them, each for its own candidate, 32 candidates a round: reads are broadcasts, and no
-//         candidate needs a shuffle. The warps of a block merge, a block writes its partial states, and the last
-//         block of a row (a ticket after a fence) merges the slices in order, decides in f64 and resets the ticket,
-//         so that a graph can replay the launch.
+//         its lanes walk over them, each for its own candidate, 32 candidates a round: no candidate needs a shuffle.
+//         What lanes with one base or one direction read is one number for all, and the others' lies in other banks. The
+//         next 32 are on their way meanwhile. The warps of a block merge, a block writes its partial states, and the last
+//         block of a row (a ticket after a fence) merges the slices, eight threads a lane, decides in f64, a thread a
+//         candidate, and resets the ticket, so that a graph can replay the launch.
 //         Where the minimum between candidates is sought, it follows from the same sums; the last block then reads the
 //         row again, from the L2 cache, for what belongs to that α.
 // bytes   (2 + experts) · vocab_size · 4 a row, and the partial states twice: slices · lanes · 24
@@ -24,6 +25,8 @@
 #include "refine.cuh"
 
 constexpr u32 WARPS = 8;
+constexpr u32 PARTS = 8;                // threads that merge the slices of a lane
+constexpr u32 AT_ONCE = 8;              // tokens of a lane's step
 constexpr u32 COMBINED = MAX_EXPERTS;   // the direction Σ c_t D_t
 constexpr u32 NO_DIRECTION = COMBINED + 1;
 constexpr u64 ALL_FINITE = ~0ull;
@@ -48,7 +51,7 @@ struct FuseArgs {
     u32 vocab_size;
     u32 small_model;         // index of the small model
     u32 first_expert;        // index of expert 0; the others follow
-    u32 slice;               // tokens of a slice: a multiple of 256
+    u32 slice;               // tokens of a slice: a multiple of 32
     u32 lane_stride;
     u32 model_count;         // at most MAX_MODELS
 };
@@ -75,84 +78,118 @@ __device__ void merge(Partial& a, const Partial& b) {
     a.m = top;
 }
 
-// The tokens of a tile as lanes read them: base logits, then differences, 32 numbers each.
+// The tokens of a tile as lanes read them: base logits, then differences, 32 numbers each, four at once. Eight neighbours
+// begin in different banks.
 struct Tile {
+    static constexpr u32 STRIDE = WARP + 4;
     float* memory;
     u32 experts;
-    __device__ float* base(u32 b) const { return memory + b * WARP; }
-    __device__ float* difference(u32 d) const { return memory + (2 + experts + min(d, experts + 1)) * WARP; }
+    __device__ float* base(u32 b) const { return memory + b * STRIDE; }
+    __device__ float* difference(u32 d) const { return memory + (2 + experts + min(d, experts + 1)) * STRIDE; }
     __device__ float* combined() const { return difference(experts); }
     __device__ float* zero() const { return difference(experts + 1); }
-    __device__ float* noise() const { return memory + (4 + 2 * experts) * WARP; }
-    static __device__ u32 size(u32 experts) { return (5 + 2 * experts) * WARP; }
+    __device__ float* noise() const { return memory + (4 + 2 * experts) * STRIDE; }
+    static __device__ u32 size(u32 experts) { return (5 + 2 * experts) * STRIDE; }
 };
 
-// Loads the token of this lane; notes the first logit that is not finite.
-__device__ void load(
-    const FuseArgs& args, const FuseRow& row, const float* const* models, const Tile& tile, u32 token, u32 row_index
-) {
-    const u32 lane = threadIdx.x % WARP;
+// What the models give for one token; −∞ past the last one.
+struct Logits {
+    float large, small, expert[MAX_EXPERTS];
+};
+
+// Asks for the logits of a token, of all models at once.
+__device__ Logits fetch(const FuseArgs& args, const FuseRow& row, const float* const* models, u32 token) {
     const bool exists = token < args.vocab_size;
     const u64 at = u64(row.slot) * args.vocab_stride + token;
-    bool excluded = !exists;
-    const auto read = [&](u32 model) {
-        const float x = exists ? models[model][at] : -INFINITE;
+    Logits logits = {-INFINITE, row.experts ? -INFINITE : 0};
+    if (exists) logits.large = __ldg(models[row.base_model] + at);
+    if (exists && row.experts) logits.small = __ldg(models[args.small_model] + at);
+#pragma unroll
+    for (u32 t = 0; t < MAX_EXPERTS; t++) {
+        logits.expert[t] = -INFINITE;
+        if (exists && t < row.experts) logits.expert[t] = __ldg(models[args.first_expert + t] + at);
+    }
+    return logits;
+}
+
+// Puts the token of this lane into a tile; notes the first logit that is not finite.
+__device__ void store(const FuseArgs& args, const FuseRow& row, const Tile& tile, Logits logits, u32 token, u32 row_index) {
+    const u32 lane = threadIdx.x % WARP;
+    bool excluded = false;
+    const auto look = [&](float x, u32 model) {
         if (!(x < INFINITE)) atomicMin(args.not_finite + row_index, u64(token) * 16 + model);
         excluded |= x == -INFINITE;
-        return x;
     };
-    float large = read(row.base_model), small = 0, combined = 0;
-    if (row.experts) small = read(args.small_model);
-#pragma unroll 1
-    for (u32 t = 0; t < row.experts; t++) {
-        const float expert = read(args.first_expert + t), d = expert - small;
-        tile.base(2 + t)[lane] = expert;
+    look(logits.large, row.base_model);
+    look(logits.small, args.small_model);
+#pragma unroll
+    for (u32 t = 0; t < MAX_EXPERTS; t++) {
+        if (t < row.experts) look(logits.expert[t], args.first_expert + t);
+    }
+    // What is excluded has no weight in any lane, and no difference.
+    float combined = 0;
+#pragma unroll
+    for (u32 t = 0; t < MAX_EXPERTS; t++) {
+        if (t >= row.experts) continue;
+        const float d = excluded ? 0 : logits.expert[t] - logits.small;
+        tile.base(2 + t)[lane] = excluded ? -INFINITE : logits.expert[t];
         tile.difference(t)[lane] = d;
         combined = fmaf(row.coefficient[t], d, combined);
     }
-    if (excluded) {
-        // No weight in any lane, and no difference.
-        large = small = -INFINITE;
-        combined = 0;
-        for (u32 t = 0; t < row.experts; t++) tile.base(2 + t)[lane] = -INFINITE, tile.difference(t)[lane] = 0;
-    }
-    tile.base(0)[lane] = large;
-    tile.base(1)[lane] = small;
+    tile.base(0)[lane] = excluded ? -INFINITE : logits.large;
+    tile.base(1)[lane] = excluded ? -INFINITE : logits.small;
     tile.combined()[lane] = combined;
     tile.zero()[lane] = 0;
     tile.noise()[lane] = row.scale > 0 ? gumbel(philox(row, token)) : 0;
 }
 
+// Consecutive numbers of a tile.
+__device__ void read(const float* from, float (&x)[AT_ONCE]) {
+#pragma unroll
+    for (u32 i = 0; i < AT_ONCE; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(from + i);
+        x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+    }
+}
+
 // One lane's walk over a tile that begins at token `first`.
 __device__ void walk(const FuseRow& row, const Tile& tile, const FuseLane& lane, u32 first, Partial& state) {
     const float* base = tile.base(lane.base);
-    const float* d = lane.direction == NO_DIRECTION ? tile.zero()
-                     : lane.direction == COMBINED   ? tile.combined()
-                                                    : tile.difference(lane.direction);
-    float top = -INFINITE;
-    u32 best = 0;
-#pragma unroll 8
-    for (u32 i = 0; i < WARP; i++) {
-        const float x = fmaf(lane.alpha, d[i], base[i]);
-        if (x > top) top = x, best = i;
-    }
-    if (top == -INFINITE) return;
-    if (row.scale > 0) {
-        for (u32 i = 0; i < WARP; i++) {
-            const float key = fmaf(fmaf(lane.alpha, d[i], base[i]), row.scale, tile.noise()[i]);
-            if (key > state.key) state.key = key, state.drawn = first + i;
+    const float* difference = lane.direction == NO_DIRECTION ? tile.zero()
+                              : lane.direction == COMBINED   ? tile.combined()
+                                                             : tile.difference(lane.direction);
+#pragma unroll 1
+    for (u32 at = 0; at < WARP; at += AT_ONCE) {
+        float x[AT_ONCE], d[AT_ONCE], top = -INFINITE;
+        read(base + at, x);
+        read(difference + at, d);
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; i++) x[i] = fmaf(lane.alpha, d[i], x[i]), top = fmaxf(top, x[i]);
+        if (row.scale > 0) {
+            float noise[AT_ONCE];
+            read(tile.noise() + at, noise);
+#pragma unroll
+            for (u32 i = 0; i < AT_ONCE; i++) {
+                const float key = fmaf(x[i], row.scale, noise[i]);
+                if (key > state.key) state.key = key, state.drawn = first + at + i;
+            }
         }
-    }
-    if (top > state.m) {
-        // Where nothing was summed yet, the factor is exp(−∞) = 0.
-        const float factor = expf(state.m - top);
-        state.s *= factor, state.u *= factor, state.m = top, state.best = first + best;
-    }
-#pragma unroll 8
-    for (u32 i = 0; i < WARP; i++) {
-        const float e = expf(fmaf(lane.alpha, d[i], base[i]) - state.m);
-        state.s += e;
-        state.u = fmaf(e, d[i], state.u);
+        if (top > state.m) {
+            // Where nothing was summed yet, the factor is exp(−∞) = 0.
+            const float factor = expf(state.m - top);
+            state.s *= factor, state.u *= factor, state.m = top;
+#pragma unroll
+            for (u32 i = AT_ONCE; i-- > 0;) {
+                if (x[i] == top) state.best = first + at + i;
+            }
+        }
+        if (state.m == -INFINITE) continue;
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; i++) {
+            const float e = expf(x[i] - state.m);
+            state.s += e;
+            state.u = fmaf(e, d[i], state.u);
+        }
     }
 }
 
@@ -173,12 +210,18 @@ __device__ void divergences(const Merged& base, const Merged& tilted, double alp
     reverse = alpha == 0 ? 0 : a - alpha * base.mean;
 }
 
-// Equation 6, or one of its terms.
-__device__ double loss_of(const FuseRow& row, const FuseResult& result, double forward, double reverse) {
+// What the divergences of a candidate are held against.
+struct Targets {
+    double forward_target[MAX_EXPERTS], reverse_target[MAX_EXPERTS];
+};
+
+// Equation 6, or one of its terms; `targets` are Targets or a result.
+template <typename T>
+__device__ double loss_of(const FuseRow& row, const T& targets, double forward, double reverse) {
     double loss = 0;
     for (u32 t = 0; t < row.experts; t++) {
-        if (row.objective != 2) loss += square(forward - result.forward_target[t]);
-        if (row.objective != 1) loss += square(reverse - result.reverse_target[t]);
+        if (row.objective != 2) loss += square(forward - targets.forward_target[t]);
+        if (row.objective != 1) loss += square(reverse - targets.reverse_target[t]);
     }
     return loss;
 }
@@ -190,40 +233,114 @@ __device__ void settle(const FuseRow& row, FuseResult& result, const Merged& cho
     result.token = row.forced != NOBODY ? row.forced : row.scale > 0 ? chosen.drawn : chosen.best;
 }
 
-// The decision of a row whose lanes are merged; one thread.
+// exp(x − top) of numbers that f32 holds, 0 where x is −∞.
+__device__ float weight_of(float x, float top) { return x > -INFINITE ? expf(x - top) : 0; }
+
+// The slices of a lane together: eight neighbouring threads take turns at them, and all have the result.
+__device__ Merged merge_slices(const Partial* part, u32 slices, u32 stride, float alpha) {
+    constexpr u32 BATCH = 8;  // slices of a thread that are on their way at once
+    float top = -INFINITE, key = -INFINITE;
+    u32 best = 0, drawn = 0;
+    double sum = 0, weighted = 0;
+#pragma unroll 1
+    for (u32 first = threadIdx.x % PARTS; first < slices; first += BATCH * PARTS) {
+        Partial parts[BATCH];
+#pragma unroll
+        for (u32 i = 0; i < BATCH; i++) {
+            parts[i] = {-INFINITE, 0, 0, 0, -INFINITE, 0};
+            if (first + i * PARTS < slices) parts[i] = read(part + (first + i * PARTS) * stride);
+        }
+        const float before = top;
+        // Slices come in order of their tokens: where two tie, the first has the lower id.
+#pragma unroll
+        for (u32 i = 0; i < BATCH; i++) {
+            if (parts[i].m > top) top = parts[i].m, best = parts[i].best;
+            if (parts[i].key > key) key = parts[i].key, drawn = parts[i].drawn;
+        }
+        const double factor = weight_of(before, top);
+        sum *= factor, weighted *= factor;
+#pragma unroll
+        for (u32 i = 0; i < BATCH; i++) {
+            const double weight = weight_of(parts[i].m, top);
+            sum += weight * parts[i].s;
+            weighted += weight * parts[i].u;
+        }
+    }
+    const float own = top;
+#pragma unroll
+    for (u32 distance = PARTS / 2; distance > 0; distance /= 2) {
+        const float other = __shfl_xor_sync(ALL_LANES, top, distance), other_key = __shfl_xor_sync(ALL_LANES, key, distance);
+        const u32 id = __shfl_xor_sync(ALL_LANES, best, distance), other_drawn = __shfl_xor_sync(ALL_LANES, drawn, distance);
+        if (other > top || (other == top && id < best)) top = other, best = id;
+        if (other_key > key || (other_key == key && other_drawn < drawn)) key = other_key, drawn = other_drawn;
+    }
+    const double factor = weight_of(own, top);
+    sum *= factor, weighted *= factor;
+#pragma unroll
+    for (u32 distance = PARTS / 2; distance > 0; distance /= 2) {
+        sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+        weighted += __shfl_xor_sync(ALL_LANES, weighted, distance);
+    }
+    return {double(top) + log(sum), weighted / sum, best, drawn, alpha, sum == 0};
+}
+
+// The candidate with the least loss of a row whose targets are known, the first where several tie: the number of its lane.
+// By one warp, a lane of it a candidate.
+__device__ u32 best_candidate(const FuseRow& row, const FuseLayout& layout, const Merged* lanes, const Targets& targets) {
+    double least = double(INFINITE);
+    u32 best = NOBODY;
+    for (u32 track = 0; track < layout.tracks; track++) {
+        const u32 base = layout.track[track];
+        for (u32 k = threadIdx.x; k < layout.candidates[track]; k += WARP) {
+            const Merged& candidate = lanes[base + 1 + k];
+            double forward, reverse;
+            divergences(lanes[base], candidate, candidate.alpha, forward, reverse);
+            const double loss = loss_of(row, targets, forward, reverse);
+            if (loss < least) least = loss, best = base + 1 + k;
+        }
+    }
+    for (u32 distance = WARP / 2; distance > 0; distance /= 2) {
+        const double other = __shfl_xor_sync(ALL_LANES, least, distance);
+        const u32 there = __shfl_xor_sync(ALL_LANES, best, distance);
+        if (other < least || (other == least && there < best)) least = other, best = there;
+    }
+    // A model alone has no candidates; of a row that isn't finite nobody asks for them.
+    return best != NOBODY || layout.tracks == 0 ? best : layout.track[0] + 1;
+}
+
+// The decision of a row whose lanes are merged; one warp.
 __device__ void decide(const FuseArgs& args, const FuseRow& row, const FuseLayout& layout, const Merged* lanes, u32 row_index) {
+    __shared__ Targets targets;
     FuseResult& result = args.results[row_index];
-    result.not_finite = args.not_finite[row_index];
-    args.not_finite[row_index] = ALL_FINITE;
-    result.empty = lanes[0].empty;
-    for (u32 t = 0; t < row.experts; t++) {
+    const u32 t = threadIdx.x;
+    if (t < row.experts) {
         const Merged& small = lanes[layout.target[t]];
         const Merged& expert = lanes[layout.target[t] + 1];
-        divergences(small, expert, 1, result.forward_target[t], result.reverse_target[t]);
-        result.log_sum_small = small.log_sum;
+        divergences(small, expert, 1, targets.forward_target[t], targets.reverse_target[t]);
+        result.forward_target[t] = targets.forward_target[t], result.reverse_target[t] = targets.reverse_target[t];
+        if (t == 0) result.log_sum_small = small.log_sum;
         result.log_sum_expert[t] = expert.log_sum;
         result.argmax_expert[t] = expert.best;
         result.alpha[t] = row.held ? row.coefficient[t] : 0;
     }
+    __syncwarp();
+    const u32 best = best_candidate(row, layout, lanes, targets);
+    if (threadIdx.x != 0) return;
+    result.not_finite = args.not_finite[row_index];
+    args.not_finite[row_index] = ALL_FINITE;
+    result.empty = lanes[0].empty;
     result.log_sum_base = lanes[0].log_sum;
     result.argmax_base = lanes[0].best;
-    u32 chosen = 0;
-    bool any = false;
-    for (u32 track = 0; track < layout.tracks; track++) {
-        const u32 base = layout.track[track];
-        for (u32 k = 0; k < layout.candidates[track]; k++) {
-            const u32 index = base + 1 + k;
-            double forward, reverse;
-            divergences(lanes[base], lanes[index], lanes[index].alpha, forward, reverse);
-            const double loss = loss_of(row, result, forward, reverse);
-            if (!any || loss < result.loss) {
-                result.loss = loss, result.forward = forward, result.reverse = reverse;
-                result.track = track, result.candidate = k, chosen = index, any = true;
-            }
-        }
+    const Merged& chosen = lanes[best == NOBODY ? 0 : best];
+    if (best != NOBODY) {
+        u32 track = 0;
+        while (best > layout.track[track] + layout.candidates[track]) track++;
+        result.track = track, result.candidate = best - layout.track[track] - 1;
+        divergences(lanes[layout.track[track]], chosen, chosen.alpha, result.forward, result.reverse);
+        result.loss = loss_of(row, targets, result.forward, result.reverse);
+        if (!row.held) result.alpha[track] = chosen.alpha;
     }
-    if (!row.held && any) result.alpha[result.track] = lanes[chosen].alpha;
-    settle(row, result, lanes[chosen]);
+    settle(row, result, chosen);
 }
 
 // Both parts of two threads together.
@@ -318,7 +435,7 @@ __device__ void refine_row(
 // Dynamic shared memory: a tile a warp; then (WARPS, lanes) partial states; then the merged lanes.
 template <u32 ROUNDS>
 __device__ void fuse(const FuseArgs& args) {
-    extern __shared__ double memory[];
+    extern __shared__ float4 memory[];
     __shared__ u32 ticket;
     __shared__ FuseRow row;  // all but its layouts
     __shared__ FuseLayout layout;
@@ -333,28 +450,27 @@ __device__ void fuse(const FuseArgs& args) {
     copy(&layout, &args.rows[row_index].layout[args.rows[row_index].held], sizeof(FuseLayout));
     copy(models, args.models, args.model_count * sizeof(models[0]));
     __syncthreads();
+    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const u32 begin = slice * args.slice + warp * WARP, end = min(args.vocab_size, (slice + 1) * args.slice);
+    Logits next = fetch(args, row, models, begin + lane);
     copy(lanes, args.lanes + row.first_lane + layout.first, layout.lanes * sizeof(FuseLane));
     __syncthreads();
-    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const Partial nothing = {-INFINITE, 0, 0, 0, -INFINITE, 0};
     if (args.stamps && slice == 0 && threadIdx.x == 0) args.results[row_index].joined = now();
 
-    FuseLane mine[ROUNDS];
     Partial states[ROUNDS];
 #pragma unroll
-    for (u32 r = 0; r < ROUNDS; r++) {
-        states[r] = nothing;
-        const u32 index = r * WARP + lane;
-        mine[r] = index < layout.lanes ? lanes[index] : FuseLane{0, 0, NO_DIRECTION};
-    }
+    for (u32 r = 0; r < ROUNDS; r++) states[r] = nothing;
     const Tile tile = {reinterpret_cast<float*>(memory) + warp * Tile::size(row.experts), row.experts};
-    const u32 end = min(args.vocab_size, (slice + 1) * args.slice);
-    for (u32 first = slice * args.slice + warp * WARP; first < end; first += WARPS * WARP) {
+    for (u32 first = begin; first < end; first += WARPS * WARP) {
         __syncwarp();
-        load(args, row, models, tile, first + lane, row_index);
+        store(args, row, tile, next, first + lane, row_index);
         __syncwarp();
+        if (first + WARPS * WARP < end) next = fetch(args, row, models, first + WARPS * WARP + lane);
 #pragma unroll
-        for (u32 r = 0; r < ROUNDS; r++) walk(row, tile, mine[r], first, states[r]);
+        for (u32 r = 0; r < ROUNDS; r++) {
+            if (r * WARP < layout.lanes) walk(row, tile, lanes[min(r * WARP + lane, layout.lanes - 1)], first, states[r]);
+        }
     }
 
     __syncthreads();
@@ -383,31 +499,15 @@ __device__ void fuse(const FuseArgs& args) {
     if (ticket != slices - 1) return;
 
     Merged* merged = reinterpret_cast<Merged*>(memory);
-    for (u32 index = threadIdx.x; index < layout.lanes; index += blockDim.x) {
-        Partial top = nothing;
-        double sum = 0, weighted = 0;
-        for (u32 s = 0; s < slices; s++) {
-            const Partial part = read(of_slices + s * args.lane_stride + index);
-            if (part.m == -INFINITE) continue;
-            if (part.key > top.key) top.key = part.key, top.drawn = part.drawn;
-            // Slices come in order of their tokens: where two tie, the first has the lower id.
-            if (part.m > top.m) {
-                const double factor = exp(double(top.m) - double(part.m));
-                sum *= factor, weighted *= factor;
-                top.m = part.m, top.best = part.best;
-            }
-            const double weight = exp(double(part.m) - double(top.m));
-            sum += weight * part.s;
-            weighted += weight * part.u;
-        }
-        merged[index] = {double(top.m) + log(sum), weighted / sum, top.best, top.drawn, lanes[index].alpha, sum == 0};
+    for (u32 first = 0; first < layout.lanes; first += WARPS * WARP / PARTS) {
+        const u32 index = first + threadIdx.x / PARTS, there = min(index, layout.lanes - 1);
+        const Merged lane = merge_slices(of_slices + there, slices, args.lane_stride, lanes[there].alpha);
+        if (index < layout.lanes && threadIdx.x % PARTS == 0) merged[index] = lane;
     }
     __syncthreads();
     FuseResult& result = args.results[row_index];
-    if (threadIdx.x == 0) {
-        decide(args, row, layout, merged, row_index);
-        args.tickets[row_index] = 0;
-    }
+    if (threadIdx.x < WARP) decide(args, row, layout, merged, row_index);
+    if (threadIdx.x == 0) args.tickets[row_index] = 0;
     __syncthreads();
     if (row.refined && !row.held && !result.empty && layout.candidates[result.track] > 1) {
         refine_row(args, row, layout, models, merged, result);
@@ -425,4 +525,4 @@ __device__ void fuse(const FuseArgs& args) {
 #define FUSE(ROUNDS, BLOCKS) \
     extern "C" __global__ __launch_bounds__(256, BLOCKS) void fuse_##ROUNDS(const FuseArgs args) { fuse<ROUNDS>(args); }
 
-FUSE(1, 1) FUSE(2, 1) FUSE(4, 1) FUSE(9, 1)
+FUSE(1, 2) FUSE(2, 2) FUSE(4, 2) FUSE(9, 2)

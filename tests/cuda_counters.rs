@@ -297,7 +297,7 @@ fn fusion_reads_each_logit_once_in_one_launch() {
         let logits = (vocab * (2 + experts) * 4) as f64;
         // Partial states, twice; beside them, each block reads what it is to do: the row and its lanes.
         let lanes = experts * (1 + 20 + 2);
-        let slices = vocab.div_ceil(1024);
+        let slices = vocab.div_ceil(if vocab == 32000 { 768 } else { 1024 });
         let states = (2 * slices * lanes * 24) as f64;
         let tasks = (slices * (280 + 12 * lanes)) as f64;
         assert!(states <= most * logits, "{vocab} {experts}: {}", states / logits);
@@ -306,9 +306,11 @@ fn fusion_reads_each_logit_once_in_one_launch() {
         assert!(bytes <= logits + states + tasks + 4096.0, "{vocab} {experts}: {bytes}");
         println!(
             "{vocab} ids, {experts} experts: {logits} bytes of logits, {states} of states, {bytes} moved, {} in sectors \
-             read, {} warp instructions, {} atomics",
+             read, {} warp instructions, {} of {} waves, {} atomics",
             32 * c.global_load_sectors,
             c.warp_instructions,
+            c.shared_waves,
+            c.shared_ideal_waves,
             c.global_atomics
         );
         // A warp's request is 32 consecutive logits: whole sectors. The states are read in three pieces, each of

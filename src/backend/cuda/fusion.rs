@@ -23,8 +23,14 @@ pub(super) use rows::{DeviceRow, Encoded, Roles};
 use rows::{Lane, encode, most_lanes, most_lanes_of_row};
 pub(super) use sample::DeviceSample;
 
-/// Tokens of a slice of the vocabulary.
-const SLICE: usize = 1024;
+/// Slices of the vocabulary at most: about as many as GPUs have multiprocessors.
+const SLICES: usize = 128;
+/// Tokens of a slice are a multiple of it: as many as the threads of a block.
+const SLICE: usize = WARPS * WARP;
+/// Tokens of a slice at least: of fewer, the partial states would weigh too much beside the logits.
+const LEAST_SLICE: usize = 768;
+/// Numbers of a tile's row, and what is between one row and the next.
+const TILE_STRIDE: usize = 36;
 /// Rounds of 32 lanes that there are kernels for.
 const ROUNDS: [usize; 4] = [1, 2, 4, 9];
 const WARP: usize = 32;
@@ -123,6 +129,8 @@ pub(crate) struct DeviceFuser {
     roles: Roles,
     small_model: usize,
     first_expert: usize,
+    /// Tokens of a slice, and how many slices there are. The same whatever the rows, so that results don't depend on them.
+    slice: usize,
     slices: usize,
     /// Rows of a launch at most.
     capacity: usize,
@@ -152,7 +160,8 @@ impl DeviceFuser {
     pub(crate) fn new(gpu: &Gpu, stream: &Arc<CudaStream>, roles: Roles, place: LogitsPlace) -> Result<Self> {
         let experts = roles.num_experts();
         let lane_stride = most_lanes(experts);
-        let slices = place.vocab_size.div_ceil(SLICE).max(1);
+        let slice = place.vocab_size.div_ceil(SLICES).next_multiple_of(SLICE).max(LEAST_SLICE);
+        let slices = place.vocab_size.div_ceil(slice).max(1);
         let capacity = capacity_of(place.slots);
         let [a, b, c, d] = ROUNDS.map(|rounds| gpu.kernel("fusion", &format!("fuse_{rounds}")));
         let kernels = [a?, b?, c?, d?];
@@ -170,6 +179,7 @@ impl DeviceFuser {
             small_model: roles.index(Role::Small).unwrap_or(0),
             first_expert: roles.index(Role::Expert(0)).unwrap_or(0),
             roles,
+            slice,
             slices,
             capacity,
             lane_stride,
@@ -333,7 +343,7 @@ impl DeviceFuser {
             vocab_size: self.place.vocab_size as u32,
             small_model: self.small_model as u32,
             first_expert: self.first_expert as u32,
-            slice: SLICE as u32,
+            slice: self.slice as u32,
             lane_stride: self.lane_stride as u32,
             model_count: self.roles.0.len() as u32,
         };
@@ -410,7 +420,7 @@ impl DeviceFuser {
 
 /// Dynamic shared memory of a launch: the tiles, or the states of all warps, or the merged lanes.
 fn shared_bytes(experts: usize, lanes: usize) -> usize {
-    let tiles = WARPS * (5 + 2 * experts) * WARP * size_of::<f32>();
+    let tiles = WARPS * (5 + 2 * experts) * TILE_STRIDE * size_of::<f32>();
     let states = WARPS * lanes * size_of::<Partial>();
     let merged = lanes * 32;
     tiles.max(states).max(merged)
