@@ -6,9 +6,7 @@
 use dlf_engine::backend::cpu::fuse::{Fuser, Parallel, sequential};
 use dlf_engine::backend::{Choice, FuseRow};
 use dlf_engine::fusion::reference::{self, ReferenceRow};
-use dlf_engine::fusion::{
-    AlphaGrid, Decision, DynamicRule, FusionRule, Logits, Objective, PerExpert, SearchMode,
-};
+use dlf_engine::fusion::{AlphaGrid, Decision, DynamicRule, FusionRule, Objective, PerExpert, SearchMode};
 use dlf_engine::model::Role;
 use dlf_engine::{Error, Result};
 

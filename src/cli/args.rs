@@ -16,6 +16,8 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
+// There is one: a box would save nothing.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Generate text with an ensemble (without models: the demo ensemble in the binary).

@@ -1,4 +1,5 @@
 //! Random rows of logits.
+#![allow(dead_code, unreachable_pub, reason = "each test uses a part")]
 
 use dlf_engine::fusion::Logits;
 

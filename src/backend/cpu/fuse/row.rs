@@ -15,6 +15,8 @@ use crate::model::Role;
 use crate::sampling::Sampler;
 
 /// What the sums that come next are for.
+// One a row, and kept from call to call: a box would be made anew for each refined row.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug, Default)]
 enum Stage {
     /// One model alone.

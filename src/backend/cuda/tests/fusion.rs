@@ -312,6 +312,31 @@ fn every_rule_against_the_paper() {
     bed.assert_every(&["fusion"], |_| true);
 }
 
+/// Three tokens matter in the cell of the minimum (tests/refine.rs has more): two atoms alone are off by 0.07 and 0.04.
+#[test]
+fn two_bends_in_a_cell() {
+    let bed = Bed::new();
+    let models = Models(vec![
+        vec![vec![47.0, 32.0, -33.0], vec![-4.0, 19.0, 9.0]],
+        vec![vec![1.0, -2.0, 2.0], vec![2.0, -2.0, 1.0]],
+        vec![vec![-72.0, -45.0, 69.0], vec![82.0, -90.0, 13.0]],
+    ]);
+    let rule = FusionRule::Dynamic(DynamicRule { mode: SearchMode::Refine, ..DynamicRule::default() });
+    let rows =
+        [0, 1].map(|slot| FuseRow { slot, step: 0, rule: &rule, held: None, choice: Choice::Forced(0) });
+    for (slot, found) in fuse(&bed, &models, &rows).unwrap().into_iter().enumerate() {
+        let exact = ReferenceRow::new(&models.of(slot), "dynamic", 0).unwrap();
+        let (alpha, least) = exact.continuous_search(0, 0.0, 0.6, Objective::Both);
+        let found = found.unwrap();
+        // 1e-3 is where an α stays that would move by no more; what that costs is far less than the loss.
+        assert!(
+            (found.alpha[0] - alpha).abs() <= 1e-3 && found.loss.unwrap() <= 1.001 * least,
+            "{found:?}: {alpha}"
+        );
+    }
+    assert_eq!(bed.device.reports(), []);
+}
+
 #[test]
 fn the_minimum_between_candidates() {
     let bed = Bed::new();
