@@ -181,7 +181,7 @@ fn two_bends_in_a_cell() {
         let case = Case { row, rule, what: format!("{large:?}") };
         for mut fuser in Fuser::every() {
             let off = case.error(&case.fuse(&mut fuser));
-            assert!(off.told <= 1e-3 && !off.elsewhere, "{}: {off:?}", case.what);
+            assert!(off.told <= 1e-2 && !off.elsewhere, "{}: {off:?}", case.what);
         }
     }
 }
