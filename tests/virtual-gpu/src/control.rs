@@ -5,9 +5,11 @@
 #![allow(clippy::missing_safety_doc, missing_docs)]
 
 use crate::counters::Counters;
-use crate::device::{Device, Injection, Mutation, Totals};
-use crate::driver::{add_device, on_device};
+use crate::device::{Device, Totals, Work};
+use crate::driver::{Call, add_device, on_device};
 use crate::exec::Accumulate;
+use crate::faults::{Injection, Mutation, Target};
+use crate::graph::Graph;
 use crate::profile::Profile;
 use crate::sanitizer::{Kind, Options};
 use std::ffi::{CStr, c_char};
@@ -30,6 +32,10 @@ pub enum Setting {
     Clear,
     /// Forget the error that the context is stuck with.
     Recover,
+    /// 1 if a launch is waited for.
+    Blocking,
+    /// Count what is loaded of the allocation that begins there.
+    Watch,
 }
 
 fn quietly(f: impl FnOnce() -> i64) -> i64 {
@@ -77,10 +83,13 @@ pub extern "C" fn vcuda_configure(ordinal: u64, setting: u32, value: u64) -> i64
                 d.launches.clear();
                 d.reports.clear();
                 d.calls.clear();
+                d.struck.clear();
                 d.totals = Totals::default();
                 d.totals.peak_bytes = d.memory.used;
             }
             6 => d.sticky = None,
+            7 => d.blocking = value != 0,
+            8 => d.memory.at(value)?.watch(),
             _ => return None,
         }
         Some(0)
@@ -90,7 +99,18 @@ pub extern "C" fn vcuda_configure(ordinal: u64, setting: u32, value: u64) -> i64
 #[unsafe(no_mangle)]
 pub extern "C" fn vcuda_inject(ordinal: u64, call: u32, nth: u64, code: i32) -> i64 {
     look(ordinal, |d| {
-        d.injections.push(Injection { call, left: nth.max(1), code });
+        let target = Target::Kind(Call::numbered(call)?);
+        d.injections.push(Injection { target, left: nth.max(1), code });
+        Some(0)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vcuda_inject_into(ordinal: u64, name: *const c_char, nth: u64, code: i32) -> i64 {
+    // SAFETY: the caller passes a C string.
+    let function = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
+    look(ordinal, |d| {
+        d.injections.push(Injection { target: Target::Function(function), left: nth.max(1), code });
         Some(0)
     })
 }
@@ -179,9 +199,8 @@ pub unsafe extern "C" fn vcuda_report(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vcuda_totals(ordinal: u64, totals: *mut Totals) -> i64 {
     look(ordinal, |d| {
-        let (count, bytes) = d.memory.live();
-        let used = d.memory.used;
-        let all = Totals { live_allocations: count, live_bytes: bytes, used_bytes: used, ..d.totals };
+        let all =
+            Totals { live_bytes: d.memory.live().1, used_bytes: d.memory.used, alive: d.alive(), ..d.totals };
         // SAFETY: the caller's promise.
         unsafe { totals.write(all) };
         Some(0)
@@ -197,5 +216,63 @@ pub unsafe extern "C" fn vcuda_calls(ordinal: u64, name: *const c_char) -> i64 {
             return Some(d.calls.values().sum::<u64>() as i64);
         }
         Some(d.calls.get(name.as_ref()).copied().unwrap_or(0) as i64)
+    })
+}
+
+/// What [`vcuda_text`] tells: lists with an entry a line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Listing {
+    /// Functions in whose place an error was returned, in order.
+    Struck,
+    /// Functions that were called: name, a space, how often.
+    Called,
+    /// Nodes of the graphs that are ready to run: what it does, a colon, the numbers of the nodes before it. An empty
+    /// line ends a graph.
+    Graphs,
+    /// Live allocations of device memory: address, a space, bytes.
+    Allocations,
+}
+
+fn describe(graph: &Graph) -> String {
+    let name = |work: &Work| match work {
+        Work::Launch(kernel, _) => kernel.name.clone(),
+        Work::ToDevice(..) => "copy to the device".into(),
+        Work::ToHost(..) => "copy to the host".into(),
+        _ => "other".to_string(),
+    };
+    let after = |after: &[usize]| after.iter().map(|node| format!(" {node}")).collect::<String>();
+    let nodes = graph.nodes.iter().map(|node| format!("{}:{}\n", name(&node.work), after(&node.after)));
+    nodes.collect::<String>() + "\n"
+}
+
+/// A [`Listing`], as much of it as fits; the full length.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vcuda_text(ordinal: u64, listing: u32, text: *mut u8, capacity: usize) -> i64 {
+    look(ordinal, |d| {
+        let all: String = match listing {
+            0 => d.struck.iter().map(|name| format!("{name}\n")).collect(),
+            1 => d.calls.iter().map(|(name, count)| format!("{name} {count}\n")).collect(),
+            2 => {
+                let mut graphs: Vec<_> = d.executables.iter().collect();
+                graphs.sort_unstable_by_key(|(id, _)| **id);
+                graphs.into_iter().map(|(_, graph)| describe(graph)).collect()
+            }
+            3 => d.memory.list().map(|(base, size)| format!("{base} {size}\n")).collect(),
+            _ => return None,
+        };
+        // SAFETY: the caller's promise that so many bytes can be written.
+        Some(unsafe { copy_text(&all, text, capacity) })
+    })
+}
+
+/// The bytes that were loaded of each sector of a watched allocation, as many as fit; how many sectors there are.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vcuda_loads(ordinal: u64, base: u64, sectors: *mut u32, capacity: usize) -> i64 {
+    look(ordinal, |d| {
+        let loads = d.memory.at(base)?.loads()?;
+        // SAFETY: the caller's promise that so many numbers can be written.
+        unsafe { std::ptr::copy_nonoverlapping(loads.as_ptr(), sectors, loads.len().min(capacity)) };
+        Some(loads.len() as i64)
     })
 }

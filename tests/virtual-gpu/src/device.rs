@@ -3,6 +3,7 @@
 
 use crate::counters::Counters;
 use crate::exec::{Accumulate, Fault, Settings, Shape};
+use crate::faults::{Injection, Mutation};
 use crate::graph::{Capture, Graph};
 use crate::memory::{Memory, State};
 use crate::profile::Profile;
@@ -158,74 +159,41 @@ pub struct Totals {
     pub launches: u64,
     /// Graph launches run.
     pub graph_launches: u64,
-    /// Live device allocations.
-    pub live_allocations: u64,
     /// Bytes of live device allocations.
     pub live_bytes: u64,
     /// Bytes of device memory in use, rounded as the card does.
     pub used_bytes: u64,
     /// The most of `used_bytes` so far.
     pub peak_bytes: u64,
+    /// Device and pinned memory freed while a graph was there that could be launched: one whose addresses it may hold.
+    pub freed_under_graphs: u64,
+    /// What was made and is still there.
+    pub alive: Alive,
 }
 
-/// A change of one line of a kernel, made when its image is loaded.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mutation {
-    /// The kernel.
-    pub kernel: String,
-    /// What the line holds: parts in this order, with `*` between them.
-    pub find: String,
-    /// Which of those lines, from 0.
-    pub nth: u64,
-    /// What stands there instead of the last part; nothing: the line goes.
-    pub replacement: String,
-}
-
-impl Mutation {
-    fn is_in(&self, line: &str) -> bool {
-        let mut rest = Some(line);
-        for part in self.find.split('*') {
-            rest = rest.and_then(|rest| Some(rest.split_once(part)?.1));
-        }
-        rest.is_some()
-    }
-
-    /// The changed image; `None` where there is no such line.
-    pub fn apply(&self, text: &str) -> Option<String> {
-        let mut here = false;
-        let mut left = self.nth;
-        let mut done = false;
-        let mut out = String::with_capacity(text.len());
-        for line in text.lines() {
-            if let Some((_, after)) = line.split_once(".entry ") {
-                here = after.trim_end_matches('(').trim() == self.kernel;
-            }
-            let found = here && !done && self.is_in(line);
-            if found && left == 0 {
-                done = true;
-                if !self.replacement.is_empty() {
-                    let last = self.find.rsplit('*').next().unwrap_or_default();
-                    out.push_str(&line.replacen(last, &self.replacement, 1));
-                }
-            } else {
-                out.push_str(line);
-            }
-            left -= u64::from(found && left > 0);
-            out.push('\n');
-        }
-        done.then_some(out)
-    }
-}
-
-/// An error to be returned in place of a call's work.
-#[derive(Debug, Clone, Copy)]
-pub struct Injection {
-    /// Which calls count: see [`crate::driver::Call`].
-    pub call: u32,
-    /// Calls left until it strikes.
-    pub left: u64,
-    /// What it returns.
-    pub code: Code,
+/// What was made on a device and is still there. The context's release ends it all: who looks for leaks holds the
+/// context himself.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Alive {
+    /// Times that the primary context was retained and not released.
+    pub contexts: u64,
+    /// Streams, without the null stream.
+    pub streams: u64,
+    /// Events, also destroyed ones that somebody still waits for.
+    pub events: u64,
+    /// Modules.
+    pub modules: u64,
+    /// Captures under way.
+    pub captures: u64,
+    /// Graphs as captured.
+    pub graphs: u64,
+    /// Graphs ready to run.
+    pub executables: u64,
+    /// Device allocations.
+    pub allocations: u64,
+    /// Bytes of pinned memory.
+    pub pinned_bytes: u64,
 }
 
 /// A device.
@@ -256,6 +224,8 @@ pub struct Device {
     pub settings: Settings,
     /// Whether a finding fails the launch.
     pub strict: bool,
+    /// Whether a launch is waited for, as with CUDA_LAUNCH_BLOCKING=1.
+    pub blocking: bool,
     /// Launches run.
     pub launches: Vec<Launch>,
     /// Findings.
@@ -266,6 +236,8 @@ pub struct Device {
     pub calls: HashMap<&'static str, u64>,
     /// Errors to inject.
     pub injections: Vec<Injection>,
+    /// Functions in whose place an error was returned.
+    pub struck: Vec<&'static str>,
     /// Changes to images as they are loaded.
     pub mutations: Vec<Mutation>,
     /// Kernels of which a 32-bit number among the parameters, at this byte, is one more than it was told.
@@ -303,11 +275,13 @@ impl Device {
             pinned: HashMap::new(),
             settings,
             strict: true,
+            blocking: std::env::var_os("CUDA_LAUNCH_BLOCKING").is_some_and(|value| value == "1"),
             launches: Vec::new(),
             reports: Vec::new(),
             sticky: None,
             calls: HashMap::new(),
             injections: Vec::new(),
+            struck: Vec::new(),
             mutations: Vec::new(),
             nudges: Vec::new(),
             totals: Totals::default(),
@@ -332,12 +306,35 @@ impl Device {
         self.reports = old.reports;
         self.calls = old.calls;
         self.injections = old.injections;
+        self.struck = old.struck;
+        self.blocking = old.blocking;
         self.mutations = old.mutations;
         self.nudges = old.nudges;
         self.totals = old.totals;
         self.random = old.random;
         self.next_id = old.next_id;
         self.launch_number = old.launch_number;
+    }
+
+    /// What is there now.
+    pub fn alive(&self) -> Alive {
+        let words = self.pinned.values().map(|words| words.len() as u64);
+        Alive {
+            contexts: self.users.into(),
+            streams: self.streams.len() as u64 - 1,
+            events: self.events.len() as u64,
+            modules: self.modules.len() as u64,
+            captures: self.captures.len() as u64,
+            graphs: self.graphs.len() as u64,
+            executables: self.executables.len() as u64,
+            allocations: self.memory.live().0,
+            pinned_bytes: 8 * words.sum::<u64>(),
+        }
+    }
+
+    /// Notes that memory is freed, which a graph may not outlive.
+    pub fn note_free(&mut self) {
+        self.totals.freed_under_graphs += u64::from(!self.executables.is_empty());
     }
 
     /// A number that no other handle has.

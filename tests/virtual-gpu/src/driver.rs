@@ -58,21 +58,32 @@ pub enum Kind {
     Pool,
 }
 
+impl Call {
+    /// The kind of that number.
+    pub fn numbered(number: u32) -> Option<Self> {
+        use Call::{Allocate, Any, Copy, Launch, Module, Query, Stream, Synchronise};
+        let all = [Any, Allocate, Launch, Copy, Module, Synchronise, Stream, Query];
+        all.into_iter().find(|&call| call as u32 == number)
+    }
+}
+
 static DEVICES: RwLock<Vec<Arc<Mutex<Device>>>> = RwLock::new(Vec::new());
 
 thread_local! {
     static CURRENT: Cell<u64> = const { Cell::new(0) };
 }
 
-/// The devices; the first is made at the first look, as [`VARIABLE`] names it. There are none where that is wrong.
+/// The devices; the first are made at the first look, as [`VARIABLE`] names them. There are none where that is wrong.
 fn with_devices<T>(f: impl FnOnce(&mut Vec<Arc<Mutex<Device>>>) -> T) -> Result<T, Code> {
     let mut devices = DEVICES.write().unwrap_or_else(PoisonError::into_inner);
     if devices.is_empty() {
-        let profile = Profile::chosen(std::env::var_os(VARIABLE).as_deref()).map_err(|reason| {
+        let profiles = Profile::chosen(std::env::var_os(VARIABLE).as_deref()).map_err(|reason| {
             errors::remember(&reason);
             code::NO_DEVICE
         })?;
-        devices.push(Arc::new(Mutex::new(Device::new(profile, profile.memory, 0))));
+        for (ordinal, profile) in (0..).zip(profiles) {
+            devices.push(Arc::new(Mutex::new(Device::new(profile, profile.memory, ordinal))));
+        }
     }
     Ok(f(&mut devices))
 }
@@ -145,17 +156,14 @@ pub fn note(device: &mut Device, name: &'static str, call: Call) -> Result<(), C
     *device.calls.entry(name).or_default() += 1;
     let mut struck = None;
     device.injections.retain_mut(|injection| {
-        let hit = injection.call == call as u32 || (injection.call == 0 && call != Call::Query);
-        if !hit {
-            return true;
-        }
-        injection.left = injection.left.saturating_sub(1);
-        if injection.left == 0 {
+        let strikes = injection.strikes(name, call);
+        if strikes {
             struck = Some(injection.code);
         }
-        injection.left != 0
+        !strikes
     });
     if let Some(code) = struck {
+        device.struck.push(name);
         errors::remember("injected by the test");
         return Err(code);
     }

@@ -8,14 +8,15 @@
 //! assert_eq!(gpu.launches()[0].counters.shared_waves, 32);
 //! ```
 
-use crate::control::Setting;
+use crate::control::{Listing, Setting};
 use crate::counters::Counters;
-pub use crate::device::{Launch, Totals};
+pub use crate::device::{Alive, Launch, Totals};
 pub use crate::driver::Call;
 use crate::exec::Accumulate;
 use crate::profile::{Profile, VARIABLE};
 pub use crate::sanitizer::{Kind, Options, Report};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use std::collections::BTreeMap;
 use std::ffi::{CString, c_char};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -48,6 +49,7 @@ struct Functions {
     add_device: unsafe extern "C" fn(*const c_char, u64) -> i64,
     configure: unsafe extern "C" fn(u64, u32, u64) -> i64,
     inject: unsafe extern "C" fn(u64, u32, u64, i32) -> i64,
+    inject_into: unsafe extern "C" fn(u64, *const c_char, u64, i32) -> i64,
     mutate: unsafe extern "C" fn(u64, *const c_char, u64) -> i64,
     nudge: unsafe extern "C" fn(u64, *const c_char, u64) -> i64,
     launch_count: unsafe extern "C" fn(u64) -> i64,
@@ -56,6 +58,8 @@ struct Functions {
     report: unsafe extern "C" fn(u64, u64, *mut [u32; 9], *mut u8, usize) -> i64,
     totals: unsafe extern "C" fn(u64, *mut Totals) -> i64,
     calls: unsafe extern "C" fn(u64, *const c_char) -> i64,
+    text: unsafe extern "C" fn(u64, u32, *mut u8, usize) -> i64,
+    loads: unsafe extern "C" fn(u64, u64, *mut u32, usize) -> i64,
 }
 
 static DRIVER: OnceLock<Result<Functions, Error>> = OnceLock::new();
@@ -136,6 +140,7 @@ impl Functions {
                 add_device: *library.get(b"vcuda_add_device\0").map_err(failed)?,
                 configure: *library.get(b"vcuda_configure\0").map_err(failed)?,
                 inject: *library.get(b"vcuda_inject\0").map_err(failed)?,
+                inject_into: *library.get(b"vcuda_inject_into\0").map_err(failed)?,
                 mutate: *library.get(b"vcuda_mutate\0").map_err(failed)?,
                 nudge: *library.get(b"vcuda_nudge\0").map_err(failed)?,
                 launch_count: *library.get(b"vcuda_launch_count\0").map_err(failed)?,
@@ -144,6 +149,8 @@ impl Functions {
                 report: *library.get(b"vcuda_report\0").map_err(failed)?,
                 totals: *library.get(b"vcuda_totals\0").map_err(failed)?,
                 calls: *library.get(b"vcuda_calls\0").map_err(failed)?,
+                text: *library.get(b"vcuda_text\0").map_err(failed)?,
+                loads: *library.get(b"vcuda_loads\0").map_err(failed)?,
             };
             std::mem::forget(library);
             Ok(functions)
@@ -210,6 +217,24 @@ impl Gpu {
     pub fn inject(&self, call: Call, nth: u64, code: i32) {
         // SAFETY: plain numbers.
         unsafe { (self.driver.0.inject)(self.ordinal, call as u32, nth, code) };
+    }
+
+    /// Makes the `nth` call from now (from 1) of the driver function `name` return `code` in place of its work, once.
+    pub fn inject_into(&self, name: &str, nth: u64, code: i32) {
+        let Ok(name) = CString::new(name) else { return };
+        // SAFETY: the string ends in a zero.
+        unsafe { (self.driver.0.inject_into)(self.ordinal, name.as_ptr(), nth, code) };
+    }
+
+    /// The functions in whose place an error was returned, in order.
+    pub fn struck(&self) -> Vec<String> {
+        self.text(Listing::Struck).lines().map(str::to_owned).collect()
+    }
+
+    /// Waits for each launch, as the driver does with `CUDA_LAUNCH_BLOCKING=1`: what a kernel does wrong is then an error
+    /// of its launch.
+    pub fn blocking(&self, blocking: bool) {
+        self.set(Setting::Blocking, blocking.into());
     }
 
     /// Changes images that are loaded from now on: in `kernel`, the `nth` line (from 0) that holds `find` (parts in
@@ -307,4 +332,70 @@ impl Gpu {
         // SAFETY: the string ends in a zero.
         unsafe { (self.driver.0.calls)(self.ordinal, name.as_ptr()) }.max(0) as u64
     }
+
+    /// The driver functions that were called on this device, and how often.
+    pub fn called(&self) -> BTreeMap<String, u64> {
+        let entry = |line: &str| {
+            let (name, count) = line.split_once(' ')?;
+            Some((name.to_owned(), count.parse().ok()?))
+        };
+        self.text(Listing::Called).lines().filter_map(entry).collect()
+    }
+
+    /// The graphs that are ready to run.
+    pub fn graphs(&self) -> Vec<Vec<Node>> {
+        let node = |line: &str| {
+            let (work, after) = line.split_once(':').unwrap_or((line, ""));
+            let after = after.split_whitespace().filter_map(|node| node.parse().ok()).collect();
+            Node { work: work.to_owned(), after }
+        };
+        let text = self.text(Listing::Graphs);
+        text.split_terminator("\n\n").map(|graph| graph.lines().map(node).collect()).collect()
+    }
+
+    /// Live allocations of device memory: address and bytes.
+    pub fn allocations(&self) -> Vec<(u64, u64)> {
+        let entry = |line: &str| {
+            let (base, size) = line.split_once(' ')?;
+            Some((base.parse().ok()?, size.parse().ok()?))
+        };
+        self.text(Listing::Allocations).lines().filter_map(entry).collect()
+    }
+
+    /// From now on counts what kernels load of the allocation that begins at `base`.
+    pub fn watch(&self, base: u64) {
+        self.set(Setting::Watch, base);
+    }
+
+    /// The bytes that kernels have loaded of each 32-byte sector of the allocation at `base` since it was
+    /// [watched](Self::watch): different bytes of a warp's request count once, those of other requests again.
+    pub fn loads(&self, base: u64) -> Vec<u32> {
+        // SAFETY: nothing is written where there is room for nothing, and then as much as there is room for.
+        unsafe {
+            let count = (self.driver.0.loads)(self.ordinal, base, [].as_mut_ptr(), 0).max(0);
+            let mut sectors = vec![0; count as usize];
+            (self.driver.0.loads)(self.ordinal, base, sectors.as_mut_ptr(), sectors.len());
+            sectors
+        }
+    }
+
+    fn text(&self, listing: Listing) -> String {
+        // SAFETY: as in `loads`.
+        let text = unsafe {
+            let length = (self.driver.0.text)(self.ordinal, listing as u32, [].as_mut_ptr(), 0).max(0);
+            let mut text = vec![0; length as usize];
+            (self.driver.0.text)(self.ordinal, listing as u32, text.as_mut_ptr(), text.len());
+            text
+        };
+        String::from_utf8_lossy(&text).into_owned()
+    }
+}
+
+/// A node of a graph.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// The kernel's name, or what else it is.
+    pub work: String,
+    /// Numbers of the nodes that it waits for.
+    pub after: Vec<usize>,
 }

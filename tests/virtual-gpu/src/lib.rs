@@ -20,6 +20,7 @@ pub mod decode;
 pub mod device;
 pub mod driver;
 pub mod exec;
+pub mod faults;
 pub mod graph;
 pub mod host;
 pub mod memory;

@@ -44,6 +44,8 @@ pub struct Allocation {
     written: Option<ByteSet>,
     sectors: Zeroed<Sector>,
     histories: Zeroed<History>,
+    /// Bytes that kernels have loaded of each sector, where that is watched.
+    loads: Option<Vec<u32>>,
 }
 
 // SAFETY: `host` points to pinned memory that the driver owns until the allocation is removed, and a device is
@@ -72,7 +74,7 @@ impl Allocation {
         written: Option<ByteSet>,
     ) -> Self {
         let (sectors, histories) = (Zeroed::default(), Zeroed::default());
-        Allocation { base, size, state, bytes, host, written, sectors, histories }
+        Allocation { base, size, state, bytes, host, written, sectors, histories, loads: None }
     }
 
     /// Whether `[address, address + len)` lies inside.
@@ -149,6 +151,17 @@ impl Allocation {
             self.sectors = Zeroed::new((self.size.div_ceil(SECTOR) + 1) as usize);
         }
         &mut self.sectors
+    }
+
+    /// From now on counts what kernels load.
+    pub fn watch(&mut self) {
+        self.loads = Some(vec![0; (self.size.div_ceil(SECTOR) + 1) as usize]);
+    }
+
+    /// The bytes that kernels have loaded of each sector since [`watch`](Self::watch), counted from that of `base`:
+    /// different bytes of a warp's request once, those of other requests again.
+    pub fn loads(&mut self) -> Option<&mut Vec<u32>> {
+        self.loads.as_mut()
     }
 
     /// The same with the whole history of one sector.
@@ -268,9 +281,13 @@ impl Memory {
         }
     }
 
+    /// Live allocations of device memory: address and bytes.
+    pub fn list(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.allocations.values().filter(|a| a.host.is_null()).map(|a| (a.base, a.size))
+    }
+
     /// Live allocations of device memory: count and bytes.
     pub fn live(&self) -> (u64, u64) {
-        let device = self.allocations.values().filter(|a| a.host.is_null());
-        device.fold((0, 0), |(count, bytes), a| (count + 1, bytes + a.size))
+        self.list().fold((0, 0), |(count, bytes), (_, size)| (count + 1, bytes + size))
     }
 }

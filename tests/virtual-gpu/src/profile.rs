@@ -3,7 +3,7 @@
 
 use std::ffi::OsStr;
 
-/// The environment variable that names the first card.
+/// The environment variable that names the first card, or the first ones, with commas between them.
 pub const VARIABLE: &str = "VCUDA_PROFILE";
 
 /// A card.
@@ -117,13 +117,14 @@ impl Profile {
         found.ok_or_else(|| format!("no card `{key}`; there are {}", PROFILES.map(|p| p.key).join(", ")))
     }
 
-    /// The profile of a value of [`VARIABLE`]; the first where it isn't set.
+    /// The profiles of a value of [`VARIABLE`]; the default where it isn't set.
     ///
     /// # Errors
     /// Those of [`named`](Self::named).
-    pub fn chosen(value: Option<&OsStr>) -> Result<Profile, String> {
-        let named = |key: &OsStr| Profile::named(&key.to_string_lossy());
-        value.map_or(Ok(PROFILES[0]), named).map_err(|reason| format!("{VARIABLE}: {reason}"))
+    pub fn chosen(value: Option<&OsStr>) -> Result<Vec<Profile>, String> {
+        let Some(value) = value else { return Ok(vec![PROFILES[0]]) };
+        let all = value.to_string_lossy().split(',').map(Profile::named).collect::<Result<_, _>>();
+        all.map_err(|reason| format!("{VARIABLE}: {reason}"))
     }
 
     /// Blocks of `threads` threads and `shared` bytes that a multiprocessor holds at once. Registers are not
@@ -177,10 +178,14 @@ mod tests {
 
     #[test]
     fn a_name_that_is_none_is_answered_with_those_there_are() {
-        assert_eq!(Profile::chosen(None), Ok(PROFILES[0]));
-        assert_eq!(Profile::chosen(Some("h100".as_ref())).unwrap().key, "h100");
-        for wrong in ["H100", ""] {
-            let message = format!("VCUDA_PROFILE: no card `{wrong}`; there are a100, rtx4090, h100, t4");
+        assert_eq!(Profile::chosen(None), Ok(vec![PROFILES[0]]));
+        let keys = |value: &str| -> Vec<_> {
+            Profile::chosen(Some(value.as_ref())).unwrap().iter().map(|profile| profile.key).collect()
+        };
+        assert_eq!(keys("h100"), ["h100"]);
+        assert_eq!(keys("h100,rtx4090"), ["h100", "rtx4090"]);
+        for (wrong, named) in [("H100", "H100"), ("", ""), ("a100,", ""), ("a100,x", "x")] {
+            let message = format!("VCUDA_PROFILE: no card `{named}`; there are a100, rtx4090, h100, t4");
             assert_eq!(Profile::chosen(Some(wrong.as_ref())), Err(message));
         }
     }

@@ -46,7 +46,7 @@ impl Decoder<'_> {
                 let inst = self.start(i, run, Class::Barrier)?;
                 self.push(inst);
             }
-            "prefetch" | "prefetchu" | "discard" | "applypriority" => {
+            "prefetch" => {
                 mods.take_if(|m| is_hint(m) || m == "global" || m == "local" || m == "L1" || m == "L2");
                 mods.take_if(|m| is_hint(m) || m == "L1" || m == "L2");
                 let inst = self.start(i, control::nothing, Class::Memory)?;

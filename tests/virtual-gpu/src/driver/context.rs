@@ -27,11 +27,12 @@ entry! {
         if ordinal < 0 || ordinal as u64 >= device_count()? {
             return Err(code::INVALID_DEVICE);
         }
+        perform(ordinal as u64, "cuDeviceGet", Call::Query, |_| Ok(()))?;
         give(device, ordinal)
     }
 
     fn cuDeviceGetName(name: *mut c_char, len: c_int, device: c_int) {
-        let profile = on_device(device as u64, |d| Ok(d.profile))?;
+        let profile = perform(device as u64, "cuDeviceGetName", Call::Query, |d| Ok(d.profile))?;
         if name.is_null() || len < 1 {
             return Err(code::INVALID_VALUE);
         }
@@ -48,7 +49,8 @@ entry! {
     }
 
     fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int) {
-        let found = on_device(device as u64, |d| Ok(d.profile.attribute(attribute)))?;
+        let found =
+            perform(device as u64, "cuDeviceGetAttribute", Call::Query, |d| Ok(d.profile.attribute(attribute)))?;
         give(value, found.ok_or(code::INVALID_VALUE)?)
     }
 

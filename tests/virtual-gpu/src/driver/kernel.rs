@@ -91,7 +91,8 @@ unsafe fn launch(request: &Request, name: &'static str) -> Result<(), Code> {
             }
         }
         let shape = Shape { grid, block, dynamic_shared: shared, params, cooperative, number: 0 };
-        d.enqueue(stream, Work::Launch(kernel, shape))
+        d.enqueue(stream, Work::Launch(kernel, shape))?;
+        if d.blocking && !d.capturing(stream) { d.drain(stream) } else { Ok(()) }
     })
 }
 

@@ -142,6 +142,7 @@ entry! {
             invalidate_captures(d)?;
             // The real call waits for the device.
             let _ = d.drain_all();
+            d.note_free();
             if d.memory.free(base) { Ok(()) } else { Err(code::INVALID_VALUE) }
         })
     }
@@ -164,6 +165,7 @@ entry! {
             if d.memory.at(base).is_none() {
                 return Err(code::INVALID_VALUE);
             }
+            d.note_free();
             d.enqueue(id, Work::Free(base))
         })
     }
@@ -211,6 +213,7 @@ entry! {
     fn cuMemFreeHost(base: Handle) {
         perform(current()?, "cuMemFreeHost", Call::Query, |d| {
             let _ = d.drain_all();
+            d.note_free();
             d.memory.unmap_host(base as u64);
             d.pinned.remove(&(base as u64)).map(|_| ()).ok_or(code::INVALID_VALUE)
         })

@@ -121,6 +121,11 @@ fn note_sectors(
     let base = allocation.base >> 5;
     let mut first_here = 0;
     for (sector, bytes) in sectors {
+        if kind == 0
+            && let Some(loads) = allocation.loads()
+        {
+            loads[(sector - base) as usize] += bytes.count_ones();
+        }
         let state = &mut allocation.sectors()[(sector - base) as usize];
         state.open(launch);
         if options.traffic {

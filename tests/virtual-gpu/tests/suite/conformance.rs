@@ -461,6 +461,42 @@ fn exchange_between_lanes() {
 }
 
 #[test]
+fn branches_by_table() {
+    let body = "ways: .branchtargets one, two, three;\nbrx.idx %b, ways;\n\
+        one: add.u32 %d, %a, 1; bra.uni done;\ntwo: add.u32 %d, %a, 20; bra.uni done;\nthree: add.u32 %d, %a, 300;\ndone:";
+    let way = |b: u64| [1_u64, 20, 300][b as usize];
+    // All lanes one way, and lanes apart that meet again.
+    for chosen in [&(|_| 1_u64) as &dyn Fn(u64) -> u64, &|lane| lane % 3, &|lane| u64::from(lane > 30)] {
+        let lanes = std::array::from_fn(|lane| [7 * lane as u64, chosen(lane as u64), 0, 0]);
+        let expected = std::array::from_fn(|lane| 7 * lane as u64 + way(chosen(lane as u64)));
+        assert_eq!(run(body, &lanes).unwrap(), expected);
+    }
+    let past = run(body, &std::array::from_fn(|lane| [0, u64::from(lane == 5) * 3, 0, 0])).unwrap_err();
+    assert!(past.contains("brx.idx past the end of its list"), "{past}");
+    let unknown = run("brx.idx %b, nowhere;", &[[0; 4]; 32]).unwrap_err();
+    assert!(unknown.contains("no .branchtargets `nowhere`"), "{unknown}");
+}
+
+#[test]
+fn hints_change_nothing() {
+    for hint in [
+        "nanosleep.u32 100;",
+        "nanosleep.u32 %b;",
+        "prefetch.global.L1 [%i];",
+        "prefetch.global.L2 [%i+64];",
+        "prefetch.L2 [%i];",
+        // An address that nobody has: a prefetch never faults.
+        "prefetch.global.L2 [%bl];",
+        "griddepcontrol.wait;",
+        "griddepcontrol.launch_dependents;",
+    ] {
+        let lanes: [[u64; 4]; 32] = std::array::from_fn(|lane| [100 + lane as u64, 40, 0, 0]);
+        let expected = std::array::from_fn(|lane| 100 + lane as u64);
+        assert_eq!(run(&format!("{hint} mov.u32 %d, %a;"), &lanes), Ok(expected), "{hint}");
+    }
+}
+
+#[test]
 fn every_half_converts_exactly() {
     use half::{bf16, f16};
     use virtual_gpu::num;

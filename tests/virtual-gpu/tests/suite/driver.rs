@@ -4,7 +4,7 @@ use crate::common::{FIXTURES, data, gpu, gpu_with};
 use cudarc::driver::{CudaContext, DriverError, LaunchConfig, PushKernelArg, sys};
 use cudarc::nvrtc::Ptx;
 use sys::CUresult;
-use virtual_gpu::host::{Call, Driver, Kind};
+use virtual_gpu::host::{Call, Driver, Kind, Node};
 
 /// `y[i] = x[i] + step`, one thread.
 const STEP: &str = ".version 8.0\n.target sm_80\n.address_size 64\n\
@@ -44,7 +44,7 @@ fn memory_runs_out_as_on_the_card_and_comes_back() {
     drop(half);
     // The free is still queued: the pool waits for it before it gives up.
     let again = stream.alloc_zeros::<u8>(600 << 10).unwrap();
-    assert_eq!(small.totals().live_allocations, 1);
+    assert_eq!(small.totals().alive.allocations, 1);
     assert_eq!(small.totals().peak_bytes, 600 << 10);
     drop(again);
 }
@@ -424,4 +424,85 @@ fn events_wait_and_have_no_time() {
     let end = stream.record_event(flags).unwrap();
     assert_eq!(start.elapsed_ms(&end).unwrap(), 0.0);
     assert!(end.is_complete());
+}
+
+#[test]
+fn what_is_left_is_counted() {
+    let t = gpu_with("a100", STEP);
+    let before = t.gpu.totals().alive;
+    assert_eq!((before.contexts, before.modules, before.streams), (1, 1, 0));
+    let stream = t.context.new_stream().unwrap();
+    let (x, f, n) = (stream.alloc_zeros::<u32>(1).unwrap(), t.kernel("step"), 1u32);
+    let pinned = unsafe { t.context.alloc_pinned::<u64>(5) }.unwrap();
+    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    assert_eq!(t.gpu.totals().alive.captures, 1);
+    let mut b = stream.launch_builder(&f);
+    b.arg(&x).arg(&x).arg(&n);
+    unsafe { b.launch(ONE) }.unwrap();
+    let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).unwrap().unwrap();
+    let found = t.gpu.totals().alive;
+    // The pinned memory has an event of its own.
+    assert_eq!((found.streams, found.events, found.allocations, found.pinned_bytes), (1, 1, 1, 40));
+    assert_eq!((found.captures, found.graphs, found.executables), (0, 1, 1));
+    assert_eq!(t.gpu.graphs(), [vec![Node { work: "step".into(), after: vec![] }]]);
+    drop(x);
+    assert_eq!(t.gpu.totals().freed_under_graphs, 1, "the graph may use it");
+    drop(graph);
+    drop(pinned);
+    assert_eq!(t.gpu.totals().freed_under_graphs, 1);
+    drop(stream);
+    assert_eq!(t.gpu.totals().alive, before);
+}
+
+#[test]
+fn an_error_strikes_the_function_it_is_meant_for() {
+    let t = gpu_with("a100", STEP);
+    let error = CUresult::CUDA_ERROR_UNKNOWN;
+    t.gpu.clear();
+    t.gpu.inject_into("cuMemGetInfo_v2", 2, error as i32);
+    t.stream.synchronize().unwrap();
+    t.context.mem_get_info().unwrap();
+    assert_eq!(t.gpu.struck(), [""; 0]);
+    assert_eq!(code(t.context.mem_get_info()), error);
+    t.context.mem_get_info().unwrap();
+    assert_eq!(t.gpu.struck(), ["cuMemGetInfo_v2"]);
+    assert_eq!(t.gpu.called()["cuMemGetInfo_v2"], 3);
+}
+
+#[test]
+fn a_launch_that_is_waited_for_has_its_own_error() {
+    let trap = STEP.replace("st.global.u32 [%y], %v;", "trap;");
+    for blocking in [false, true] {
+        let t = gpu_with("a100", &trap);
+        t.gpu.blocking(blocking);
+        let (x, f, n) = (t.stream.alloc_zeros::<u32>(1).unwrap(), t.kernel("step"), 1u32);
+        let mut b = t.stream.launch_builder(&f);
+        b.arg(&x).arg(&x).arg(&n);
+        let launched = code(unsafe { b.launch(ONE) });
+        let waited = code(t.stream.synchronize());
+        let (fine, trapped) = (CUresult::CUDA_SUCCESS, CUresult::CUDA_ERROR_ILLEGAL_INSTRUCTION);
+        assert_eq!((launched, waited), (if blocking { trapped } else { fine }, trapped));
+    }
+}
+
+#[test]
+fn loads_are_counted_where_they_are_watched() {
+    let t = gpu_with("a100", STEP);
+    let (x, f, n) = (t.stream.alloc_zeros::<u32>(20).unwrap(), t.kernel("step"), 1u32);
+    let mut y = t.stream.alloc_zeros::<u32>(1).unwrap();
+    t.stream.synchronize().unwrap();
+    let [(base, bytes), _] = t.gpu.allocations()[..] else { panic!("{:?}", t.gpu.allocations()) };
+    assert_eq!(bytes, 80);
+    assert_eq!(t.gpu.loads(base), [0; 0]);
+    t.gpu.watch(base);
+    for first in [0, 0, 9] {
+        let from = x.slice(first..);
+        let mut b = t.stream.launch_builder(&f);
+        b.arg(&from).arg(&mut y).arg(&n);
+        unsafe { b.launch(ONE) }.unwrap();
+    }
+    t.stream.synchronize().unwrap();
+    // A word of the first sector twice, one of the second; the last is room for an end inside a sector.
+    assert_eq!(t.gpu.loads(base), [8, 4, 0, 0]);
+    t.clean();
 }

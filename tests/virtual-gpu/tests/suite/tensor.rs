@@ -224,3 +224,39 @@ fn matrices_load_straight_and_transposed() {
         assert_eq!((c.shared_requests, c.shared_waves), (2, 8));
     }
 }
+
+#[test]
+fn matrices_are_stored_straight_and_transposed() {
+    for (transposed, name) in [(false, ""), (true, ".trans")] {
+        let text = format!(
+            ".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry k(.param .u64 out) {{\n\
+             .shared .align 16 .b8 tile[512]; .reg .b64 %o; .reg .b32 %t, %s, %v, %r<4>;\n\
+             ld.param.u64 %o, [out]; mov.u32 %t, %tid.x; mad.wide.u32 %o, %t, 16, %o;\n\
+             mov.u32 %s, tile; mad.lo.u32 %s, %t, 16, %s; shl.b32 %v, %t, 1;\n\
+             // the elements of a lane are those of 8 · row + column: 2 · lane and the next one\n\
+             mad.lo.u32 %r0, %v, 0x10001, 0x10000; add.u32 %r1, %r0, 0x400040; add.u32 %r2, %r0, 0x800080;\n\
+             add.u32 %r3, %r0, 0xc000c0;\n\
+             stmatrix.sync.aligned.m8n8.x4{name}.shared.b16 [%s], {{%r0, %r1, %r2, %r3}};\nbar.sync 0;\n\
+             ld.shared.v4.b32 {{%r0, %r1, %r2, %r3}}, [%s];\n\
+             st.global.v4.b32 [%o], {{%r0, %r1, %r2, %r3}}; ret;\n}}\n"
+        );
+        let t = gpu_with("h100", &text);
+        let mut out = t.stream.alloc_zeros::<u32>(128).unwrap();
+        let f = t.kernel("k");
+        let mut l = t.stream.launch_builder(&f);
+        l.arg(&mut out);
+        unsafe { l.launch(WARP) }.unwrap();
+        let got = t.stream.clone_dtoh(&out).unwrap();
+        t.clean();
+        // The address of a row is that of the lane of its number.
+        for lane in 0..32u32 {
+            for word in 0..4u32 {
+                let element = |n: u32| {
+                    let (matrix, row, column) = (lane / 8, lane % 8, 2 * word + n);
+                    matrix * 64 + if transposed { column * 8 + row } else { row * 8 + column }
+                };
+                assert_eq!(got[(lane * 4 + word) as usize], element(0) | element(1) << 16);
+            }
+        }
+    }
+}
