@@ -2,24 +2,24 @@
 //! itself in every way a batch can be cut.
 #![allow(clippy::unwrap_used, clippy::single_range_in_vec_init, reason = "a test; plans are lists of ranges")]
 
-use std::fs;
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 
-use dlf_engine::adapter::{LoraAdapter, LoraDelta, Projection};
+use dlf_engine::adapter::{LoraDelta, Projection};
 use dlf_engine::backend::cpu::{CpuBackend, CpuOptions};
 use dlf_engine::backend::{Backend, Batch, Limits, Row};
-use dlf_engine::config::LlamaConfig;
 use dlf_engine::kv_cache::{BLOCK_SIZE, BlockTable};
 use dlf_engine::model::{LlamaModel, Role};
 use dlf_engine::rope::Rope;
-use dlf_engine::weights::{Dtype, Linear, LlamaWeights, Tensor};
+use dlf_engine::weights::{Dtype, Linear, Tensor};
 use dlf_engine::{Ensemble, Error};
 
+#[path = "support/goldens.rs"]
+mod goldens;
 #[path = "support/models.rs"]
 mod models;
 
+use goldens::{Prompt, Tiny};
 use models::{EVEN, LIMITS, ODD, Sequence, Shape, adapter, feed, mixed_ensemble, model, model_apart, tokens};
 
 fn backend(models: Vec<LlamaModel>, threads: usize, limits: Limits) -> CpuBackend {
@@ -320,44 +320,14 @@ fn rows_that_name_what_is_not_there_are_refused() {
     assert!(backend.logits(0, 2).is_err() && backend.logits(1, 0).is_err());
 }
 
-/// A golden's `key` as rows of f32.
-fn golden(file: &[u8], key: &str) -> Vec<Vec<f32>> {
-    let tensors = safetensors::SafeTensors::deserialize(file).unwrap();
-    let tensor = tensors.tensor(key).unwrap();
-    let number = |bytes: &[u8]| f32::from_le_bytes(bytes.try_into().unwrap());
-    let numbers: Vec<f32> = tensor.data().chunks(4).map(number).collect();
-    numbers.chunks(tensor.shape()[1]).map(<[f32]>::to_vec).collect()
-}
-
 #[test]
 fn logits_are_those_of_transformers() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/tiny");
-    let mut cases: Vec<_> = fs::read_dir(&root).unwrap().map(|entry| entry.unwrap().path()).collect();
-    cases.retain(|case| case.is_dir());
-    cases.sort();
-    assert!(cases.len() >= 10, "the goldens are there");
-    for case in cases {
-        let json: serde_json::Value =
-            serde_json::from_slice(&fs::read(case.join("golden.json")).unwrap()).unwrap();
-        let base = json["base"].as_str().map_or_else(|| case.join("model"), |base| root.join(base));
-        let config = LlamaConfig::load(&base).unwrap();
-        let weights = Arc::new(LlamaWeights::load(&base, &config).unwrap());
-        let adapter = case.join("adapter");
-        let adapter = adapter.is_dir().then(|| Arc::new(LoraAdapter::load(&adapter, &config).unwrap()));
-        let name = case.file_name().unwrap().to_string_lossy().into_owned();
-        let config = Arc::new(config);
-        let model = LlamaModel { role: Role::Small, name, path: base, config, weights, adapter };
-        let file = fs::read(case.join("golden.safetensors")).unwrap();
-        for (number, prompt) in json["prompts"].as_array().unwrap().iter().enumerate() {
-            let ids = |key: &str| -> Vec<u32> {
-                prompt[key].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
-            };
-            let tokens = [ids("input_ids"), ids("greedy_ids")].concat();
-            let expected = golden(&file, &format!("log_probs.{number}"));
-            let logits = logits_of(model.clone(), &tokens);
-            assert_eq!(logits.len(), expected.len(), "{}", model.name);
+    for Tiny { model, prompts } in goldens::tiny() {
+        for (number, Prompt { tokens, log_probs }) in prompts.iter().enumerate() {
+            let logits = logits_of(model.clone(), tokens);
+            assert_eq!(logits.len(), log_probs.len(), "{}", model.name);
             let mut worst = 0.0_f64;
-            for (logits, expected) in logits.iter().zip(&expected) {
+            for (logits, expected) in logits.iter().zip(log_probs) {
                 assert_eq!(logits.len(), expected.len(), "{}", model.name);
                 let lse = logits.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
                 for (&logit, &expected) in logits.iter().zip(expected) {
