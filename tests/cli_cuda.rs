@@ -2,6 +2,7 @@
 #![cfg(all(feature = "cuda", feature = "cli"))]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
+use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -165,4 +166,127 @@ fn a_card_that_is_not_there_is_named() {
     let expected = "CUDA_ERROR_NO_DEVICE (no CUDA-capable device is detected \
                     [VCUDA_PROFILE: no card `h10`; there are a100, rtx4090, h100, t4])";
     assert!(message.contains(expected), "{message}");
+}
+
+/// JSON lines of a file or of stdout.
+fn lines(text: &str) -> Vec<Value> {
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Whether both say the same, but for times. Numbers that aren't whole may differ by the bound for 16-bit weights: sums are
+/// f32 on both, in another order. α are those of a grid, and equal.
+fn assert_alike(gpu: &Value, cpu: &Value, what: &str) {
+    match (gpu, cpu) {
+        (Value::Object(a), Value::Object(b)) => {
+            assert!(a.keys().eq(b.keys()), "{what}: {gpu} and {cpu}");
+            let timed = |key: &str| key == "timings" || key == "ms";
+            for (key, a) in a.iter().filter(|(key, _)| !timed(key)) {
+                assert!(key != "alpha" || *a == b[key], "{what}.{key}: {a} and {}", b[key]);
+                assert_alike(a, &b[key], &format!("{what}.{key}"));
+            }
+        }
+        (Value::Array(a), Value::Array(b)) => {
+            assert_eq!(a.len(), b.len(), "{what}");
+            a.iter().zip(b).for_each(|(a, b)| assert_alike(a, b, what));
+        }
+        (Value::Number(a), Value::Number(b)) if a.is_f64() && b.is_f64() => {
+            let difference = a.as_f64().unwrap() - b.as_f64().unwrap();
+            assert!(difference.abs() < 2e-3, "{what}: {a} and {b}");
+        }
+        _ => assert_eq!(gpu, cpu, "{what}"),
+    }
+}
+
+/// What a command line writes: to stdout and to the files `trace.jsonl` and `out.jsonl` of its folder.
+struct Written {
+    stdout: Vec<Value>,
+    files: [Option<String>; 2],
+}
+
+/// Runs `arguments` on `device`, with `DIR` replaced by a folder that holds `in.jsonl`; `torn` is what `out.jsonl` and
+/// `trace.jsonl` hold before.
+fn write(arguments: &[&str], device: &[&str], torn: Option<&Written>) -> Written {
+    let dir = TempDir::new().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let prompt =
+        |k: usize| serde_json::json!({ "prompt": format!("Question: What is {k} plus 4?\nAnswer:") });
+    let input: Vec<String> = (0..4).map(|k| prompt(k).to_string()).collect();
+    fs::write(path("in.jsonl"), input.join("\n")).unwrap();
+    if let Some(Written { files, .. }) = torn {
+        // Killed in the middle of the second result, and of its trace.
+        let [trace, out] = files.each_ref().map(|file| file.as_ref().unwrap());
+        let lines =
+            |text: &str, count: usize| text.lines().take(count).map(|line| line.len() + 1).sum::<usize>();
+        fs::write(path("out.jsonl"), &out[..lines(out, 1) + 20]).unwrap();
+        fs::write(path("trace.jsonl"), &trace[..lines(trace, 6) + 9]).unwrap();
+    }
+    let arguments: Vec<String> = arguments
+        .iter()
+        .chain(device)
+        .map(|argument| argument.replace("DIR", dir.path().to_str().unwrap()))
+        .collect();
+    let output = run_on("h100,rtx4090", &arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    let files = ["trace.jsonl", "out.jsonl"].map(|name| fs::read_to_string(path(name)).ok());
+    Written { stdout: lines(std::str::from_utf8(&output.stdout).unwrap()), files }
+}
+
+fn assert_written_alike(gpu: &Written, cpu: &Written, what: &str) {
+    assert_alike(&gpu.stdout.clone().into(), &cpu.stdout.clone().into(), what);
+    for (gpu, cpu) in gpu.files.iter().zip(&cpu.files) {
+        let values = |file: &Option<String>| file.as_deref().map(lines).unwrap_or_default();
+        assert_eq!(gpu.is_some(), cpu.is_some(), "{what}");
+        assert_alike(&values(gpu).into(), &values(cpu).into(), what);
+    }
+}
+
+const ANSWER: [&str; 6] = ["generate", "--json", "-p", "Question: What is 3 plus 4?\nAnswer:", "-n", "4"];
+
+#[test]
+fn every_way_of_asking_gives_what_the_cpu_gives() {
+    let golden = |name: &str| format!("{}/tests/goldens/tiny/{name}", env!("CARGO_MANIFEST_DIR"));
+    let (base, adapter) = (golden("mha_untied_f32/model"), golden("lora_q_v/adapter"));
+    let (large, other) = (golden("head_dim_128/model"), golden("rslora_all/adapter"));
+    let lora = ["--large", &large, "--small", &base, "--expert", &adapter, "--expert", &other];
+    let batch = ["generate", "--json", "--input", "DIR/in.jsonl", "-n", "4", "--batch-size", "3"];
+    let cases: [(&str, Vec<&str>); 9] = [
+        ("a trace", [&ANSWER[..], &["--trace", "DIR/trace.jsonl"]].concat()),
+        ("a batch", [&batch[..], &["--temperature", "0.8", "--seed", "7"]].concat()),
+        ("a chat", [&ANSWER[..], &["--chat"]].concat()),
+        ("a stop", [&ANSWER[..4], &["--stop", "7", "-n", "8"]].concat()),
+        ("large", [&ANSWER[..], &["--method", "large"]].concat()),
+        ("small", [&ANSWER[..], &["--method", "small"]].concat()),
+        ("an expert", [&ANSWER[..], &["--method", "expert:sums"]].concat()),
+        ("scores", vec!["score", "--json", "--text", "Tom has 3 apples.", "--method", "static"]),
+        ("adapters", [&["generate", "--json", "--prompt-ids", "1,2,3", "-n", "4"][..], &lora].concat()),
+    ];
+    for (what, arguments) in cases {
+        let [cpu, gpu] = ["cpu", "cuda"].map(|device| write(&arguments, &["--device", device], None));
+        assert_written_alike(&gpu, &cpu, what);
+        assert!(!gpu.stdout.is_empty(), "{what}");
+    }
+}
+
+#[test]
+fn a_killed_run_resumes_on_a_gpu() {
+    let base = ["generate", "--input", "DIR/in.jsonl", "-n", "4"];
+    let files = ["--output", "DIR/out.jsonl", "--trace", "DIR/trace.jsonl"];
+    let whole = write(&[&base[..], &files].concat(), &["--device", "cuda"], None);
+    let resumed = write(&[&base[..], &files, &["--resume"]].concat(), &["--device", "cuda"], Some(&whole));
+    assert_written_alike(&resumed, &whole, "resumed");
+    assert_eq!(whole.files[1].as_ref().unwrap().lines().count(), 4);
+}
+
+#[test]
+fn two_gpus_of_the_command_line_give_what_one_gives() {
+    let arguments = [&ANSWER[..], &["--trace", "DIR/trace.jsonl"]].concat();
+    let one = write(&arguments, &["--device", "cuda:1"], None);
+    for devices in
+        [["--large-device", "0", "--small-device", "1"], ["--large-device", "1", "--small-device", "0"]]
+    {
+        assert_written_alike(&write(&arguments, &devices, None), &one, "two GPUs");
+    }
+    let absent = [&ANSWER[..], &["--large-device", "0", "--small-device", "2"]].concat();
+    let message = String::from_utf8_lossy(&run_on("h100,rtx4090", &absent).stderr).into_owned();
+    assert!(message.contains("device cuda:2: there are 2 NVIDIA GPUs, cuda:0 to cuda:1"), "{message}");
 }
