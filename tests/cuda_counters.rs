@@ -13,7 +13,7 @@ use std::sync::Arc;
 use dlf_engine::Ensemble;
 use dlf_engine::backend::cuda::{CudaBackend, CudaOptions};
 use dlf_engine::backend::{Backend, Batch, Choice, FuseRow, Limits, Row};
-use dlf_engine::fusion::FusionRule;
+use dlf_engine::fusion::{AlphaGrid, DynamicRule, FusionRule, SearchMode};
 use dlf_engine::kv_cache::BlockTable;
 use dlf_engine::model::{LlamaModel, Role};
 use dlf_engine::weights::Dtype;
@@ -27,6 +27,9 @@ use models::{Shape, adapter, model};
 /// The widths of SmolLM2-135M, and two of its layers.
 const SMOL: Shape =
     Shape { hidden: 576, intermediate: 1536, heads: 9, kv_heads: 3, head_dim: 64, vocab: 49152, bias: false };
+
+/// The same with few ids: an odd number, so that rows and tiles end apart.
+const NARROW: Shape = Shape { vocab: 1001, ..SMOL };
 
 /// What one step launched, for `sequences` sequences in every model.
 fn step(roles: &[Role], sequences: usize, shape: Shape, dtype: Dtype) -> Vec<Launch> {
@@ -125,6 +128,50 @@ fn weights_are_read_once_a_step_whatever_the_batch() {
         );
         // Whole sectors: nothing is fetched that isn't used. (More rows read more single words, of where they are.)
         assert!(sequences > 1 || 32 * sectors <= bytes + bytes / 50, "{} for {bytes}", 32 * sectors);
+    }
+}
+
+/// The bytes of the weights' memory that one step reads once, and those of sectors that it reads more than once, for
+/// `sequences` sequences.
+fn looks_at_weights(dtype: Dtype, sequences: usize) -> (u64, u64) {
+    let ensemble = Arc::new(Ensemble::from_models(vec![model(Role::Large, NARROW, dtype, 1)]).unwrap());
+    let gpu: Gpu = Driver::load().unwrap().device("h100").unwrap();
+    let limits = Limits { rows: sequences, slots: sequences, blocks: sequences };
+    let options = CudaOptions { ordinal: gpu.ordinal(), small_ordinal: gpu.ordinal(), limits, graphs: false };
+    let mut backend = CudaBackend::new(ensemble, options, &mut |_| {}).unwrap();
+    // All weights lie together, and nothing else is as large.
+    let (weights, _) = gpu.allocations().into_iter().max_by_key(|(_, bytes)| *bytes).unwrap();
+    let tables: Vec<BlockTable> =
+        (0..sequences).map(|block| BlockTable { blocks: vec![block as u32] }).collect();
+    let row = |table| Row { model: 0, table, position: 0, token: 7, slot: Some(table) };
+    let rows: Vec<Row> = (0..sequences).map(row).collect();
+    gpu.watch(weights);
+    backend.forward(&Batch { rows: &rows, tables: &tables }).unwrap();
+    assert_eq!(gpu.reports(), []);
+    let sectors = gpu.loads(weights);
+    // A sector has 32 bytes: more than that is a second look at some of them.
+    let (once, again): (Vec<u32>, Vec<u32>) = sectors.into_iter().partition(|&bytes| bytes <= 32);
+    (once.into_iter().map(u64::from).sum(), 32 * again.len() as u64)
+}
+
+#[test]
+fn no_weight_is_read_twice_in_a_step() {
+    for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+        let (weights, hidden) = (projections(NARROW) / 2 * dtype.size() as u64, NARROW.hidden);
+        for sequences in [1, 3, 16] {
+            let (once, again) = looks_at_weights(dtype, sequences);
+            println!(
+                "{sequences} sequences, {dtype}: {once} of {weights} bytes once, {again} more than once"
+            );
+            // All but the last row of the output, which stands for the three that its group of four lacks. One row of
+            // the embedding is the token of all sequences.
+            let row = (hidden * dtype.size()) as u64;
+            assert!((weights - row..=weights).contains(&once), "{sequences} {dtype}: {once}");
+            // Both of these, and norms, which are f32: each block of the kernels that normalise looks at them for each
+            // row of its input. Five norms, with ε in a sector behind each.
+            let norms = (5 * (4 * hidden + 32)) as u64;
+            assert!((norms..=norms + 2 * row).contains(&again), "{sequences} {dtype}: {again}");
+        }
     }
 }
 
@@ -264,58 +311,119 @@ fn adapters_take_no_launch_on_tensor_cores() {
     assert_eq!(step_of(adapted(2, shape), 20).len(), step_of(adapted(0, shape), 20).len());
 }
 
-/// The fusion launch of `experts` experts over `vocab` ids.
-fn fusion(vocab: usize, experts: usize) -> Launch {
+/// What a launch of fusion is to decide.
+#[derive(Clone, Copy, Debug)]
+struct Fusion {
+    vocab: usize,
+    experts: usize,
+    /// α that are tried.
+    candidates: usize,
+    rows: usize,
+    mode: SearchMode,
+}
+
+/// The fusion launch of a search.
+fn fusion(case: Fusion) -> Launch {
+    let Fusion { vocab, experts, candidates, rows, mode } = case;
     let shape = Shape { hidden: 8, intermediate: 8, heads: 1, kv_heads: 1, head_dim: 8, vocab, bias: false };
     let roles: Vec<Role> =
         [Role::Large, Role::Small].into_iter().chain((0..experts).map(Role::Expert)).collect();
     let models = roles.iter().enumerate().map(|(seed, &role)| model(role, shape, Dtype::Bf16, seed as u64));
     let ensemble = Arc::new(Ensemble::from_models(models.collect()).unwrap());
     let gpu = Driver::load().unwrap().device("h100").unwrap();
-    let limits = Limits { rows: 1, slots: 1, blocks: 1 };
+    let limits = Limits { rows, slots: rows, blocks: rows };
     let options = CudaOptions { ordinal: gpu.ordinal(), small_ordinal: gpu.ordinal(), limits, graphs: false };
     let mut backend = CudaBackend::new(ensemble, options, &mut |_| {}).unwrap();
-    let rows: Vec<Row> =
-        (0..roles.len()).map(|model| Row { model, table: 0, position: 0, token: 7, slot: Some(0) }).collect();
-    backend.forward(&Batch { rows: &rows, tables: &[BlockTable { blocks: vec![0] }] }).unwrap();
+    let token = |slot: usize| 7 + slot as u32;
+    let fed: Vec<Row> = (0..roles.len())
+        .flat_map(|model| (0..rows).map(move |slot| (model, slot)))
+        .map(|(model, slot)| Row { model, table: slot, position: 0, token: token(slot), slot: Some(slot) })
+        .collect();
+    let tables: Vec<BlockTable> = (0..rows).map(|row| BlockTable { blocks: vec![row as u32] }).collect();
+    backend.forward(&Batch { rows: &fed, tables: &tables }).unwrap();
     gpu.clear();
-    let rule = FusionRule::default();
-    let row = FuseRow { slot: 0, step: 0, rule: &rule, held: None, choice: Choice::Forced(5) };
+    let grids = std::iter::once(AlphaGrid::new(0.0, 2.0, 2.0 / candidates as f64, false).unwrap()).collect();
+    let rule = FusionRule::Dynamic(DynamicRule { grids, mode, ..DynamicRule::default() });
+    let row = |slot| FuseRow { slot, step: 0, rule: &rule, held: None, choice: Choice::Forced(5) };
     let mut decisions = Vec::new();
-    backend.fuse(&[row], &mut decisions).unwrap();
-    decisions.remove(0).unwrap();
+    backend.fuse(&(0..rows).map(row).collect::<Vec<_>>(), &mut decisions).unwrap();
+    assert_eq!(decisions.into_iter().map(|decision| decision.unwrap()).count(), rows);
     assert_eq!(gpu.reports(), []);
     let mut launches = gpu.launches();
     assert_eq!(launches.len(), 1);
     launches.remove(0)
 }
 
+/// Bytes of the logits of a launch, of the partial states that are written and read, and of what its blocks are told.
+fn parts(case: Fusion) -> (u64, u64, u64) {
+    let Fusion { vocab, experts, candidates, rows, .. } = case;
+    let lanes = experts * (1 + candidates + 2);
+    let slices = vocab.div_ceil(if vocab == 32000 { 768 } else { 1024 });
+    let logits = vocab * (2 + experts) * 4;
+    // And the last block reads from the result, for each candidate, the best so far and both KL terms of each expert.
+    let told = slices * (280 + 12 * lanes) + (64 + 16 * experts) * experts * candidates;
+    let states = 2 * slices * lanes * 24;
+    ((rows * logits) as u64, (rows * states) as u64, (rows * told) as u64)
+}
+
 #[test]
 fn fusion_reads_each_logit_once_in_one_launch() {
-    for (vocab, experts, most) in [(32000, 1, 0.3), (32000, 2, 0.3), (128_256, 1, 0.1)] {
-        let c = fusion(vocab, experts).counters;
-        let logits = (vocab * (2 + experts) * 4) as f64;
-        // Partial states, twice; beside them, each block reads what it is to do: the row and its lanes.
-        let lanes = experts * (1 + 20 + 2);
-        let slices = vocab.div_ceil(if vocab == 32000 { 768 } else { 1024 });
-        let states = (2 * slices * lanes * 24) as f64;
-        let tasks = (slices * (280 + 12 * lanes)) as f64;
-        assert!(states <= most * logits, "{vocab} {experts}: {}", states / logits);
-        let bytes = (c.global_load_bytes + c.global_store_bytes) as f64;
-        assert!(bytes >= logits + states, "{vocab} {experts}: {bytes}");
-        assert!(bytes <= logits + states + tasks + 4096.0, "{vocab} {experts}: {bytes}");
+    let plain = Fusion { vocab: 32000, experts: 1, candidates: 20, rows: 1, mode: SearchMode::Grid };
+    let cases = [
+        // What partial states add, in per cent of the logits: what follows from the sizes, and is launched for some.
+        (plain, 12.1, true),
+        (Fusion { experts: 2, ..plain }, 18.1, true),
+        (Fusion { experts: 4, ..plain }, 24.15, true),
+        (Fusion { experts: 8, ..plain }, 29.0, false),
+        (Fusion { candidates: 32, ..plain }, 18.4, true),
+        (Fusion { candidates: 32, experts: 2, ..plain }, 27.6, false),
+        (Fusion { candidates: 32, experts: 4, ..plain }, 36.75, false),
+        (Fusion { candidates: 32, experts: 8, ..plain }, 44.1, true),
+        (Fusion { rows: 3, experts: 2, ..plain }, 18.1, true),
+        (Fusion { vocab: 128_256, ..plain }, 9.0, true),
+        (Fusion { vocab: 128_256, experts: 2, ..plain }, 13.6, false),
+    ];
+    for (case, share, launched) in cases {
+        let (logits, states, told) = parts(case);
+        let added = 100.0 * states as f64 / logits as f64;
+        assert!((added - share).abs() <= 0.05, "{case:?}: {added}");
+        if !launched {
+            continue;
+        }
+        let c = fusion(case).counters;
+        let bytes = c.global_load_bytes + c.global_store_bytes;
         println!(
-            "{vocab} ids, {experts} experts: {logits} bytes of logits, {states} of states, {bytes} moved, {} in sectors \
-             read, {} warp instructions, {} of {} waves, {} atomics",
+            "{case:?}: {logits} bytes of logits, {states} of states ({added:.1} %), {bytes} moved, {} in sectors read, {} \
+             warp instructions, {} of {} waves, {} atomics",
             32 * c.global_load_sectors,
             c.warp_instructions,
             c.shared_waves,
             c.shared_ideal_waves,
             c.global_atomics
         );
+        // Logits and states, each once; beside them what each block is told, and the result.
+        assert!(bytes >= logits + states, "{case:?}: {bytes}");
+        assert!(bytes <= logits + states + told + 4096 * case.rows as u64, "{case:?}: {bytes}");
         // A warp's request is 32 consecutive logits: whole sectors. The states are read in three pieces, each of
         // which touches all their sectors.
-        let sectors = (32 * c.global_load_sectors) as f64;
-        assert!(sectors <= 1.02 * logits + 3.0 * states / 2.0 + 4.0 * tasks, "{vocab} {experts}: {sectors}");
+        let (sectors, most) = (32 * c.global_load_sectors, logits + logits / 50 + 3 * states / 2 + 4 * told);
+        assert!(sectors <= most, "{case:?}: {sectors}");
     }
+}
+
+#[test]
+fn the_refined_search_looks_at_a_row_once_more() {
+    let case = Fusion { vocab: 32000, experts: 2, candidates: 20, rows: 3, mode: SearchMode::Refine };
+    let grid = fusion(Fusion { mode: SearchMode::Grid, ..case }).counters;
+    let refined = fusion(case).counters;
+    // All models, since each of them can exclude a token.
+    let row = (case.vocab * 4 * 4) as u64;
+    let more = refined.global_load_bytes - grid.global_load_bytes;
+    println!("{case:?}: {more} bytes more of {row} a row");
+    // Beside them a few numbers of the result.
+    let exact = case.rows as u64 * row;
+    assert!((exact..=exact + 1024 * case.rows as u64).contains(&more), "{more}");
+    // They come from the cache: memory delivers what it did.
+    let sectors = refined.distinct_load_sectors - grid.distinct_load_sectors;
+    assert!(sectors <= 4 * case.rows as u64, "{sectors}");
 }
