@@ -98,6 +98,66 @@ impl Bed {
     }
 }
 
+/// What lies in outputs before a launch, in every byte: no number that a kernel finds.
+const POISON: u8 = 0xA5;
+
+/// Fills an output.
+fn poison<T: DeviceRepr + Copy + Default>(bed: &Bed, buffer: &mut Buffer<T>) {
+    let mut number = T::default();
+    // SAFETY: outputs are plain numbers, which any bytes are.
+    unsafe { std::ptr::from_mut(&mut number).write_bytes(POISON, 1) };
+    bed.gpu.write(&bed.stream, buffer, 0, &vec![number; buffer.len()]).unwrap();
+}
+
+/// Nothing was written but what `may` names.
+fn assert_untouched<T: DeviceRepr + Copy + Default>(
+    bed: &Bed,
+    (what, buffer): (&str, &Buffer<T>),
+    may: impl Fn(usize) -> bool,
+) {
+    let mut found = vec![T::default(); buffer.len()];
+    bed.gpu.read(&bed.stream, buffer, 0, &mut found).unwrap();
+    for (at, number) in found.iter().enumerate().filter(|(at, _)| !may(*at)) {
+        // SAFETY: all its bytes came from the GPU, and they live as long as the number.
+        let bytes =
+            unsafe { std::slice::from_raw_parts(std::ptr::from_ref(number).cast::<u8>(), size_of::<T>()) };
+        assert!(bytes.iter().all(|&byte| byte == POISON), "{what}: number {at} was written");
+    }
+}
+
+impl DeviceFuser {
+    /// Fills all that the kernels write.
+    fn poison(&mut self, bed: &Bed) {
+        poison(bed, &mut self.results);
+        poison(bed, &mut self.partial);
+        poison(bed, &mut self.fused);
+    }
+
+    /// Whether the kernels wrote only what belongs to `rows`, and left what must be as it was between launches.
+    fn assert_in_bounds(&self, bed: &Bed, rows: &[FuseRow<'_>]) {
+        let encoded: Vec<Encoded> = rows.iter().filter_map(|row| self.encode(row).ok()).collect();
+        let lanes = encoded.iter().map(Encoded::most_lanes).max().unwrap_or(0);
+        let sampled = encoded.iter().any(|row| row.sampled.is_some());
+        let (rows, stride, vocab_size) = (encoded.len(), self.place.vocab_stride, self.place.vocab_size);
+        assert_untouched(bed, ("results", &self.results), |row| row < rows);
+        assert_untouched(bed, ("states", &self.partial), |at| {
+            at / (self.slices * self.lane_stride) < rows && at % self.lane_stride < lanes
+        });
+        assert_untouched(bed, ("fused logits", &self.fused), |at| {
+            sampled && at / stride < rows && at % stride < vocab_size
+        });
+        let all = |buffer: &Buffer<u32>| {
+            let mut numbers = vec![1; buffer.len()];
+            bed.gpu.read(&bed.stream, buffer, 0, &mut numbers).unwrap();
+            numbers
+        };
+        assert!([all(&self.tickets), all(&self.counts)].concat().iter().all(|&number| number == 0));
+        let mut not_finite = vec![0; self.not_finite.len()];
+        bed.gpu.read(&bed.stream, &self.not_finite, 0, &mut not_finite).unwrap();
+        assert!(not_finite.iter().all(|&number| number == u64::MAX));
+    }
+}
+
 /// What the kernel and the CPU decide, for one row a slot.
 struct Both {
     device: Vec<Result<Decision>>,
@@ -108,9 +168,11 @@ struct Both {
 fn fuse_both(models: &[Vec<Vec<f32>>], rows: &[FuseRow<'_>]) -> Both {
     let bed = Bed::new("a100", models);
     let mut fuser = bed.fuser().unwrap();
+    fuser.poison(&bed);
     bed.device.clear();
     let on_device = bed.fuse(&mut fuser, rows).unwrap();
     let launches = bed.device.launches().len();
+    fuser.assert_in_bounds(&bed, rows);
     // The launch leaves tickets as it found them: it can be repeated, and gives the same.
     let again = bed.fuse(&mut fuser, rows).unwrap();
     for (first, second) in on_device.iter().zip(&again) {
