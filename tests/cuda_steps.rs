@@ -1,8 +1,9 @@
 //! Steps of decoding on the virtual device as graphs: to the bit those that are launched on demand, whatever the batch
 //! does, and as few launches as promised.
 #![cfg(feature = "cuda")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
+#![allow(clippy::unwrap_used, reason = "a test")]
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use dlf_engine::Ensemble;
@@ -12,7 +13,7 @@ use dlf_engine::fusion::{DynamicRule, FusionRule, SearchMode};
 use dlf_engine::model::{LlamaModel, Role};
 use dlf_engine::weights::Dtype;
 use dlf_engine::{Generator, Request, SamplingParams, Step};
-use virtual_gpu::host::{Call, Driver, Gpu};
+use virtual_gpu::host::{Driver, Gpu, Node};
 
 #[path = "support/models.rs"]
 mod models;
@@ -292,47 +293,60 @@ fn the_step_ahead_stops_at_the_end_of_the_blocks() {
     assert_eq!(gpu.reports(), []);
 }
 
-#[test]
-fn every_driver_call_may_fail() {
-    let ensemble = ensemble(1);
-    let all = [Call::Allocate, Call::Launch, Call::Copy, Call::Module, Call::Synchronise, Call::Stream];
-    for call in all {
-        let mut failed = 0;
-        for nth in (1..).step_by(if call == Call::Launch { 23 } else { 7 }) {
-            let gpu = Driver::load().unwrap().device("a100").unwrap();
-            let used = gpu.totals().live_bytes;
-            // CUDA_ERROR_LAUNCH_FAILED, or no memory.
-            gpu.inject(call, nth, if call == Call::Allocate { 2 } else { 719 });
-            let options = CudaOptions {
-                ordinal: gpu.ordinal(),
-                small_ordinal: gpu.ordinal(),
-                limits: LIMITS,
-                graphs: true,
-            };
-            let result = CudaBackend::new(Arc::clone(&ensemble), options, &mut |_| {}).and_then(|cuda| {
-                let mut generator = Generator::new(Arc::clone(&ensemble), Box::new(cuda));
-                generator.push(requests()[0].clone())?;
-                generator.collect::<Result<Vec<Step>, _>>()
-            });
-            // Neither a hang nor a panic, and nothing is left behind.
-            gpu.recover();
-            let leak = gpu.totals().live_bytes.saturating_sub(used);
-            assert_eq!(leak, 0, "{call:?} {nth}: {leak} bytes");
-            match result {
-                Err(error) => {
-                    assert!(
-                        error.to_string().starts_with("cuda:")
-                            || error.to_string().starts_with("device cuda:")
-                    );
-                    failed += 1;
-                }
-                // So many calls there aren't.
-                Ok(steps) => {
-                    assert_eq!(steps.len(), 12);
-                    break;
-                }
-            }
-        }
-        assert!(failed > 0, "{call:?}");
+/// For each node, all that come before it.
+fn before(graph: &[Node]) -> Vec<BTreeSet<usize>> {
+    let mut all: Vec<BTreeSet<usize>> = Vec::new();
+    for node in graph {
+        let earlier = node.after.iter().flat_map(|&at| all[at].iter().copied().chain([at])).collect();
+        all.push(earlier);
     }
+    all
+}
+
+#[test]
+fn the_large_model_and_the_group_are_branches_of_the_graph() {
+    // Dtypes tell whose a kernel is.
+    let roles = [(Role::Large, Dtype::F16), (Role::Small, Dtype::Bf16), (Role::Expert(0), Dtype::Bf16)];
+    let models = roles.map(|(role, dtype)| model(role, EVEN, dtype, 1)).to_vec();
+    let ensemble = Arc::new(Ensemble::from_models(models).unwrap());
+    let (gpu, mut generator) = open(&ensemble, true);
+    generator.push(requests()[0].clone()).unwrap();
+    let steps: Vec<Step> = generator.by_ref().take(5).map(|step| step.unwrap()).collect();
+    assert_eq!(steps.len(), 5);
+    let graphs = gpu.graphs();
+    // One for each half of the logits.
+    assert_eq!(graphs.len(), 2);
+    for graph in graphs {
+        let before = before(&graph);
+        let are = |dtype: &str| -> Vec<usize> {
+            let named = |node: &Node| node.work.split('_').any(|part| part == dtype);
+            graph.iter().enumerate().filter(|(_, node)| named(node)).map(|(at, _)| at).collect()
+        };
+        let (large, small) = (are("f16"), are("bf16"));
+        // The embedding, four projections a layer, and the logits.
+        assert_eq!((large.len(), small.len()), (10, 10));
+        for (&a, &b) in large.iter().flat_map(|a| small.iter().map(move |b| (a, b))) {
+            let [a_waits, b_waits] = [before[a].contains(&b), before[b].contains(&a)];
+            assert!(!a_waits && !b_waits, "{:?} and {:?}", graph[a], graph[b]);
+        }
+        let at = |name: &str| graph.iter().position(|node| node.work.starts_with(name)).unwrap();
+        let (first, last) = (at("advance"), at("fuse_"));
+        assert!(large.iter().chain(&small).all(|&kernel| before[kernel].contains(&first)));
+        assert!(large.iter().chain(&small).all(|&kernel| before[last].contains(&kernel)));
+        assert!(before[at("copy to the host")].contains(&last));
+    }
+}
+
+#[test]
+fn nothing_is_freed_that_a_graph_may_use() {
+    let (gpu, mut generator) = open(&ensemble(1), true);
+    for request in &requests()[..3] {
+        generator.push(request.clone()).unwrap();
+    }
+    let steps: Vec<Step> = generator.by_ref().map(|step| step.unwrap()).collect();
+    assert_eq!(steps.len(), 12 + 7 + 9);
+    let alive = gpu.totals().alive;
+    assert!(alive.graphs >= 2 && alive.executables == alive.graphs && alive.allocations > 0, "{alive:?}");
+    drop(generator);
+    assert_eq!(gpu.totals().freed_under_graphs, 0);
 }

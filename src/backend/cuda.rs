@@ -35,6 +35,7 @@ mod lora;
 mod measure;
 mod memory;
 mod needs;
+mod pending;
 mod plan;
 mod relay;
 mod upload;

@@ -13,6 +13,7 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 
 use super::images;
+use super::pending::Pending;
 use crate::error::{Error, Result};
 
 /// The oldest driver that takes the images, whose PTX is of version 8.1: CUDA 12.1, branch r530.
@@ -31,6 +32,7 @@ pub struct Gpu {
     context: Arc<CudaContext>,
     kernels: Mutex<HashMap<String, Kernel>>,
     launches: AtomicU64,
+    pending: Pending,
     /// The first failure: after it the context can't be trusted, and every call reports it.
     failure: OnceLock<(String, String)>,
 }
@@ -46,6 +48,13 @@ struct Loading {
     symbol: String,
     /// Locked while it is loaded, so that others wait for it.
     function: Mutex<Option<CudaFunction>>,
+}
+
+impl Kernel {
+    /// Its name in the image.
+    pub(crate) fn symbol(&self) -> &str {
+        &self.0.symbol
+    }
 }
 
 /// How many blocks and threads run a kernel.
@@ -162,6 +171,7 @@ impl Gpu {
             context,
             kernels: Mutex::default(),
             launches: AtomicU64::new(0),
+            pending: Pending::default(),
             failure: OnceLock::new(),
         })
     }
@@ -216,7 +226,9 @@ impl Gpu {
 
     /// Waits for all work in `stream`.
     pub(crate) fn synchronize(&self, stream: &CudaStream) -> Result<()> {
-        self.call(|| "cuStreamSynchronize".to_owned(), || stream.synchronize())
+        self.call(|| "cuStreamSynchronize".to_owned(), || stream.synchronize())?;
+        self.pending.ended(stream);
+        Ok(())
     }
 
     /// A point in `stream` that can be waited for.
@@ -351,7 +363,14 @@ impl Gpu {
             builder.arg(args);
             // SAFETY: the caller's promise.
             unsafe { builder.launch(config) }.map(|_| ())
-        })
+        })?;
+        self.pending.launched(stream, kernel);
+        Ok(())
+    }
+
+    /// What is on the GPU.
+    pub(super) fn pending(&self) -> &Pending {
+        &self.pending
     }
 
     /// Calls the driver. Any error is the last word: later calls repeat it and do nothing.
@@ -375,8 +394,8 @@ impl Gpu {
         // An error of a drop, which had nowhere to go, is kept by cudarc for the next call.
         call().map_err(|error| {
             let detail = detail().map_or_else(String::new, |detail| format!(": {detail}"));
-            let (operation, reason) =
-                self.failure.get_or_init(|| (operation(), format!("{}{detail}", describe(&error))));
+            let reason = || format!("{}{detail}{}", describe(&error), self.pending);
+            let (operation, reason) = self.failure.get_or_init(|| (operation(), reason()));
             self.error(operation, reason)
         })
     }

@@ -3,15 +3,17 @@
 use std::sync::Arc;
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaGraph, CudaStream};
+use cudarc::driver::{CudaGraph, CudaStream, DriverError, result};
 
 use super::device::Gpu;
+use super::pending::Recorded;
 use crate::error::{Error, Result};
 
 /// What was put into a stream while it was recorded.
 pub(crate) struct Graph {
     graph: CudaGraph,
     launches: u64,
+    recorded: Recorded,
 }
 
 impl Gpu {
@@ -30,15 +32,16 @@ impl Gpu {
         // This thread's mode: what other threads do with the GPU meanwhile is no business of this recording.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.call(|| "cuStreamBeginCapture".to_owned(), || stream.begin_capture(mode))?;
-        let recording = Recording(Some(stream));
+        let mut recording = Recording(Some(stream));
         let before = self.launches();
-        record()?;
+        let (done, recorded) = self.pending().recorded(stream, record);
         // Recorded, not launched.
         let launches = self.launches() - before;
         self.count_launches(launches.wrapping_neg());
+        done?;
         let graph =
             self.call(|| "cuStreamEndCapture and cuGraphInstantiate".to_owned(), || recording.end())?;
-        graph.map(|graph| Graph { graph, launches }).ok_or_else(|| Error::Cuda {
+        graph.map(|graph| Graph { graph, launches, recorded }).ok_or_else(|| Error::Cuda {
             device: self.ordinal(),
             operation: "cuStreamEndCapture".to_owned(),
             reason: "nothing was recorded".to_owned(),
@@ -48,7 +51,10 @@ impl Gpu {
     /// Puts a graph into the stream that it was recorded in.
     pub(crate) fn launch_graph(&self, graph: &Graph) -> Result<()> {
         self.count_launches(graph.launches);
-        self.call(|| "cuGraphLaunch".to_owned(), || graph.graph.launch())
+        let operation = || format!("cuGraphLaunch of {} kernels", graph.launches);
+        self.call(operation, || graph.graph.launch())?;
+        self.pending().launched_graph(&graph.recorded, graph.launches);
+        Ok(())
     }
 }
 
@@ -56,16 +62,28 @@ impl Gpu {
 struct Recording<'a>(Option<&'a Arc<CudaStream>>);
 
 impl Recording<'_> {
-    fn end(mut self) -> Result<Option<CudaGraph>, cudarc::driver::DriverError> {
-        self.0.take().map_or(Ok(None), |stream| stream.end_capture(CUgraphInstantiate_flags(0)))
+    /// Ends it and makes it ready to run. Where that fails, the drop ends it: cudarc may have given up before it asked the
+    /// driver.
+    fn end(&mut self) -> Result<Option<CudaGraph>, DriverError> {
+        let Some(stream) = self.0 else { return Ok(None) };
+        let graph = stream.end_capture(CUgraphInstantiate_flags(0))?;
+        self.0 = None;
+        Ok(graph)
     }
 }
 
 impl Drop for Recording<'_> {
     fn drop(&mut self) {
         if let Some(stream) = self.0.take() {
-            // Its error says only that the recording is broken, and the first error is known.
-            let _ = stream.end_capture(CUgraphInstantiate_flags(0));
+            // SAFETY: the stream is there, and the graph is nobody else's. An error says only that the recording is broken
+            // or has ended, and the first error is known.
+            unsafe {
+                if let Ok(graph) = result::stream::end_capture(stream.cu_stream())
+                    && !graph.is_null()
+                {
+                    let _ = result::graph::destroy(graph);
+                }
+            }
         }
     }
 }
