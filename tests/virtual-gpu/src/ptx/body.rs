@@ -39,8 +39,10 @@ impl Parser {
                 Token::Punct('}') if depth == 0 => return Ok(()),
                 Token::Punct('}') => depth -= 1,
                 Token::Word(name) if depth == 0 => {
-                    let follows = self.tokens.get(at + 1).map(|s| &s.token);
-                    if follows == Some(&Token::Punct(':')) {
+                    let token = |at: usize| self.tokens.get(at).map(|s| &s.token);
+                    // The name of a list of targets is none of a place.
+                    let list = matches!(token(at + 2), Some(Token::Dot(name)) if name == "branchtargets");
+                    if token(at + 1) == Some(&Token::Punct(':')) && !list {
                         let id = body.function.labels.len() as LabelId;
                         body.function.labels.push(name.clone());
                         if let Some(scope) = body.scopes.last_mut() {

@@ -462,16 +462,16 @@ fn exchange_between_lanes() {
 
 #[test]
 fn branches_by_table() {
-    let body = "ways: .branchtargets one, two, three;\nbrx.idx %b, ways;\n\
+    let body = "ways: .branchtargets one, two, three, one;\nbrx.idx %b, ways;\n\
         one: add.u32 %d, %a, 1; bra.uni done;\ntwo: add.u32 %d, %a, 20; bra.uni done;\nthree: add.u32 %d, %a, 300;\ndone:";
-    let way = |b: u64| [1_u64, 20, 300][b as usize];
+    let way = |b: u64| [1_u64, 20, 300, 1][b as usize];
     // All lanes one way, and lanes apart that meet again.
-    for chosen in [&(|_| 1_u64) as &dyn Fn(u64) -> u64, &|lane| lane % 3, &|lane| u64::from(lane > 30)] {
+    for chosen in [&(|_| 1_u64) as &dyn Fn(u64) -> u64, &|lane| lane % 4, &|lane| u64::from(lane > 30)] {
         let lanes = std::array::from_fn(|lane| [7 * lane as u64, chosen(lane as u64), 0, 0]);
         let expected = std::array::from_fn(|lane| 7 * lane as u64 + way(chosen(lane as u64)));
         assert_eq!(run(body, &lanes).unwrap(), expected);
     }
-    let past = run(body, &std::array::from_fn(|lane| [0, u64::from(lane == 5) * 3, 0, 0])).unwrap_err();
+    let past = run(body, &std::array::from_fn(|lane| [0, u64::from(lane == 5) * 4, 0, 0])).unwrap_err();
     assert!(past.contains("brx.idx past the end of its list"), "{past}");
     let unknown = run("brx.idx %b, nowhere;", &[[0; 4]; 32]).unwrap_err();
     assert!(unknown.contains("no .branchtargets `nowhere`"), "{unknown}");
