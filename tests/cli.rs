@@ -424,9 +424,12 @@ fn inspect_tells_what_models_are() {
         .unwrap();
     let (large, small) = (demo("large"), demo("small"));
     let dirs = [large.to_str().unwrap(), small.to_str().unwrap(), dir.path().to_str().unwrap()];
-    let report = json_lines(&[&["inspect", "--json"][..], &dirs].concat()).remove(0);
-    let reason = "the large and expert 0 models differ in what their tokenizers put before a prompt: token ";
-    assert!(report["ensemble"]["reason"].as_str().unwrap().starts_with(reason), "{report}");
+    let wrong = run(&[&["inspect", "--json"][..], &dirs].concat());
+    assert_eq!(wrong.code, 1, "{}", wrong.stderr);
+    let report: Value = serde_json::from_str(&wrong.stdout).unwrap();
+    let reason = " differ in what their tokenizers put before a prompt: token 0, \"<s>\" and nothing";
+    let found = report["ensemble"]["reason"].as_str().unwrap();
+    assert!(found.starts_with("the large model and the expert ") && found.ends_with(reason), "{found}");
     let models = ["--large", dirs[0], "--small", dirs[1], "--expert", dirs[2]];
     fails(&[&["generate", "--prompt", "a"][..], &models].concat(), reason);
 }

@@ -47,8 +47,11 @@ fn a_prompt_may_be_a_file_or_stdin() {
     for found in [of_file, of_stdin] {
         assert_eq!((&found["prompt"], &found["token_ids"]), (&expected["prompt"], &expected["token_ids"]));
     }
-    // It is taken as it is, its last line end too.
+    // An editor's line end is no part of it; another one is.
     fs::write(&path, format!("{prompt}\n")).unwrap();
+    let edited = result(&[&base[..], &["--prompt-file", path.to_str().unwrap()]].concat());
+    assert_eq!(edited["prompt"], expected["prompt"]);
+    fs::write(&path, format!("{prompt}\n\n")).unwrap();
     let longer = result(&[&base[..], &["--prompt-file", path.to_str().unwrap()]].concat());
     let tokens = |result: &Value| result["usage"]["prompt_tokens"].as_u64().unwrap();
     assert_eq!(tokens(&longer), tokens(&expected) + 1);

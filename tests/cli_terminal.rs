@@ -115,14 +115,14 @@ fn a_terminal_gets_colours_by_alpha_and_a_closing_line() {
     assert!(colors.len() > 1, "{colors:?}");
 
     let mean = alphas.iter().sum::<f64>() / records.len() as f64;
-    let (numbers, legend) = run.stderr.trim_end().split_once("   α: ").unwrap();
+    let (numbers, legend) = run.stderr.trim_end().split_once("\nα: ").unwrap();
     let parts: Vec<&str> = numbers.split(" · ").collect();
     let [speed, each, large, small, fusion, alpha] = parts[..] else { panic!("{}", run.stderr) };
     assert!(speed.ends_with(" tokens/s") && each.ends_with(" ms/token"), "{}", run.stderr);
     for (part, name) in [(large, "large "), (small, "small and experts "), (fusion, "fusion ")] {
         assert!(part.strip_prefix(name).unwrap().parse::<f64>().is_ok(), "{part}");
     }
-    assert_eq!(alpha, format!("mean α {mean:.2}"));
+    assert_eq!(alpha, format!("mean Σα {mean:.2}"));
     assert!(
         legend.contains("\x1b[38;5;250m0.0\x1b[0m") && legend.contains("\x1b[38;5;203m2.0\x1b[0m"),
         "{legend}"
@@ -137,7 +137,7 @@ fn no_colours_with_no_color_in_a_pipe_or_where_quiet() {
     assert_eq!(without.stdout, plain.stdout);
     let closing = without.stderr.trim_end();
     assert!(
-        closing.contains("tokens/s") && closing.contains("mean α") && !closing.contains('\x1b'),
+        closing.contains("tokens/s") && closing.contains("mean Σα") && !closing.contains('\x1b'),
         "{closing}"
     );
     // An empty one isn't set.
