@@ -328,7 +328,7 @@ impl RopeConfig {
             None if old_form && scaling.may_leave_out_theta(max_position_embeddings) => LLAMA_2_THETA,
             None => {
                 let field = if old_form { "rope_theta" } else { "rope_parameters.rope_theta" };
-                let expected = "a number above 1, which only Llama 1 and 2 leave out";
+                let expected = "a number above 1 (write 10000.0 if the model, like Llama 1 and 2, was trained with that)";
                 return Err(config.invalid(field, expected, "nothing"));
             }
         };

@@ -183,13 +183,14 @@ fn all_put_the_same_tokens_around_a_prompt() {
     // The same by the post-processor and by a flag.
     assert!(configure("small", true, false).is_ok());
     let differ = "the large and small models differ in what their tokenizers put ";
+    let by = "(by tokenizer.json, or add_bos_token and add_eos_token in tokenizer_config.json)";
     assert_eq!(
         refusal(configure("small", false, false)),
-        format!("{differ}before a prompt: token 1, \"<s>\" and nothing")
+        format!("{differ}before a prompt: token 1, \"<s>\" and nothing {by}")
     );
     assert_eq!(
         refusal(configure("small", true, true)),
-        format!("{differ}after a prompt: nothing and token 2, \"</s>\"")
+        format!("{differ}after a prompt: nothing and token 2, \"</s>\" {by}")
     );
     assert!(configure("large", true, true).is_ok(), "it is the same to both");
     assert!(refusal(configure("large", false, true)).contains("nothing and token 1"));
@@ -202,7 +203,7 @@ fn all_put_the_same_tokens_around_a_prompt() {
     models.tokenizer("small", &tokenizer);
     assert_eq!(
         refusal(models.load("large", "small", &[])),
-        format!("{differ}before a prompt: nothing and token 1, \"<s>\"")
+        format!("{differ}before a prompt: nothing and token 1, \"<s>\" {by}")
     );
 }
 

@@ -71,7 +71,7 @@ pub struct CpuOptions {
 ///
 /// Weights are used as stored, f32, f16 or bf16; all arithmetic is f32. Memory besides the weights is the cache,
 /// `2 · layers · num_key_value_heads · head_dim · 4` bytes a position and model, the logits, `slots · vocab_size · 4`
-/// bytes a model, and activations of at most 512 rows. Cache and logits cost nothing before they are used.
+/// bytes a model, and activations of at most 512 rows, the widest of them twice. Cache and logits cost nothing before they are used.
 pub struct CpuBackend {
     ensemble: Arc<Ensemble>,
     limits: Limits,

@@ -107,8 +107,11 @@ impl FusionArgs {
 
 /// A whole number from 1 on.
 pub(crate) fn positive<T: FromStr + Default + PartialEq>(text: &str) -> Result<T, String> {
-    let number = text.parse().ok().filter(|number| *number != T::default());
-    number.ok_or_else(|| "expected a whole number, 1 or more".to_owned())
+    match (text.parse(), text.parse::<u128>()) {
+        (Ok(number), _) if number != T::default() => Ok(number),
+        (Err(_), Ok(_)) => Err("too large".to_owned()),
+        _ => Err("expected a whole number, 1 or more".to_owned()),
+    }
 }
 
 /// A token id, with or without spaces around it.
@@ -428,7 +431,7 @@ pub(crate) struct ServeArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// Model directories: the large one, the small one, then experts. Where two or more can't form an ensemble, the exit
+    /// Model directories: the large one, the small one, then experts. Where two or more don't fit together, the exit
     /// code is 1.
     #[arg(required = true, value_name = "DIR")]
     pub(crate) dirs: Vec<PathBuf>,

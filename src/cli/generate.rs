@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::args::GenerateArgs;
 use super::color;
-use super::input::{Encoder, Input, Item, Source, read_jsonl, read_text};
+use super::input::{Encoder, Input, Item, Source, can_be_read_again, read_jsonl, read_text};
 use super::interrupt::Interrupt;
 use super::output::{InOrder, JsonLines, check_distinct, check_resumed};
 use super::record::TokenRecord;
@@ -49,7 +49,9 @@ pub(super) fn run(args: &GenerateArgs) -> Result<ExitCode> {
     args.run.note(unknown);
     args.run.note(swapped(&ensemble));
     view.question(args)?;
-    let stop = Interrupt::new(args.input.is_some() && args.run.output.is_some() && !args.run.quiet)?;
+    let stop = Interrupt::new(
+        args.input.as_deref().is_some_and(can_be_read_again) && args.run.output.is_some() && !args.run.quiet,
+    )?;
     stop.watch(&view.progress, "");
     let mut runs: Vec<Run> = prompt_tokens.into_iter().map(Run::new).collect();
     for step in generator {

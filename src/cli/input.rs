@@ -66,6 +66,11 @@ impl Input {
     }
 }
 
+/// Whether what `path` names can be read again: stdin can't.
+pub(super) fn can_be_read_again(path: &Path) -> bool {
+    path.as_os_str() != "-"
+}
+
 /// Reads JSONL; `-` is stdin. Blank lines are passed over. Lines may hold other fields, of which the note tells: one may
 /// be a misspelt one.
 pub(crate) fn read_jsonl(path: &Path, required: &str) -> Result<Input> {

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::args::ScoreArgs;
 use super::generate::progress_bar;
-use super::input::{Encoder, Input, Item, Source, read_jsonl};
+use super::input::{Encoder, Input, Item, Source, can_be_read_again, read_jsonl};
 use super::interrupt::Interrupt;
 use super::output::{InOrder, JsonLines, check_distinct, check_resumed};
 use super::record::TokenRecord;
@@ -49,7 +49,9 @@ pub(super) fn run(args: &ScoreArgs) -> Result<ExitCode> {
         generator.push(request).with_context(|| items[index].place("text"))?;
         numbers.push(index);
     }
-    let stop = Interrupt::new(args.input.is_some() && args.run.output.is_some() && !args.run.quiet)?;
+    let stop = Interrupt::new(
+        args.input.as_deref().is_some_and(can_be_read_again) && args.run.output.is_some() && !args.run.quiet,
+    )?;
     stop.watch(&out.progress, "");
     let mut steps: Vec<Vec<Step>> = numbers.iter().map(|_| Vec::new()).collect();
     for step in generator {

@@ -118,7 +118,7 @@ fn only_llama_1_and_2_and_their_continuations_leave_out_theta() {
     ] {
         assert_eq!(without(llama_2.clone()), Ok(10_000.0), "{llama_2}");
     }
-    let expected = "expected a number above 1, which only Llama 1 and 2 leave out, found nothing";
+    let expected = "expected a number above 1 (write 10000.0 if the model, like Llama 1 and 2, was trained with that), found nothing";
     for (later, field) in [
         (json!({"max_position_embeddings": 8192}), "rope_theta"),
         (

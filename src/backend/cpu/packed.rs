@@ -103,7 +103,7 @@ pub(crate) struct PackedMatMul<'a> {
     pub(crate) cols: usize,
     /// The terms of each sum.
     pub(crate) k: usize,
-    /// `(rows, padded(cols))`, contiguous; what pads a row is overwritten.
+    /// `(rows, padded(cols))`, contiguous; what pads a row means nothing.
     pub(crate) y: &'a mut [f32],
     /// [`WAITING`] floats.
     pub(crate) waiting: &'a mut [f32],
