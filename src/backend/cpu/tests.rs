@@ -243,6 +243,45 @@ fn every_number_of_rows_gives_the_same_bits() {
 }
 
 #[test]
+fn prompts_of_several_models_are_packed_side_by_side() {
+    for isa in Isa::every() {
+        let roles = [Role::Small, Role::Expert(0), Role::Expert(1)];
+        let models = roles.map(|role| {
+            let config = model(Dtype::Bf16).config;
+            let seed = 8 + roles.iter().position(|other| *other == role).unwrap() as u64;
+            let weights = Arc::new(LlamaWeights::random(&config, Dtype::Bf16, seed));
+            LlamaModel { role, config, weights, ..model(Dtype::Bf16) }
+        });
+        let ensemble = Arc::new(Ensemble::from_models(models.into()).unwrap());
+        let limits = Limits { rows: 60, slots: 1, blocks: 4 };
+        let mut backend = CpuBackend::with_isa(ensemble, CpuOptions { threads: 2, limits }, isa).unwrap();
+        let tables = [BlockTable { blocks: vec![3, 1, 0, 2] }];
+        // Groups that two models would share, were they packed without a gap, and one model of too few rows.
+        let prompt = |model: usize| {
+            let rows = [41, 43, 9][model];
+            let token = move |position: usize| ((position * 7 + model) % 91) as u32;
+            (0..rows).map(move |position| Row {
+                model,
+                table: 0,
+                position,
+                token: token(position),
+                slot: (position + 1 == rows).then_some(0),
+            })
+        };
+        let mut run = |models: &[usize]| {
+            backend.logits.get_mut().fill(f32::NAN);
+            let rows: Vec<_> = models.iter().flat_map(|&model| prompt(model)).collect();
+            backend.forward(&Batch { rows: &rows, tables: &tables }).unwrap();
+            models.iter().map(|&model| backend.logits(model, 0).unwrap()).collect::<Vec<_>>()
+        };
+        let together = run(&[0, 1, 2]);
+        for (model, together) in together.iter().enumerate() {
+            assert_eq!(run(&[model])[0], *together, "{isa:?} {model}");
+        }
+    }
+}
+
+#[test]
 fn what_is_not_written_is_not_read() {
     for isa in Isa::every() {
         let clean = decode(Dtype::F32, isa, 0.0);
