@@ -8,6 +8,10 @@
 // Columns come 64 bytes at a time by cp.async into one of three buffers: while one is multiplied the next two are on
 // their way. A staged row is four pieces of 16 bytes, permuted by the row, so that neither cp.async nor ldmatrix meets
 // a bank conflict.
+//
+// A launch of few tiles would leave most of the GPU idle: there the columns are cut into ranges, a block for each range of a
+// tile. Each block writes its sums and takes a ticket; the last one adds all of them in the order of the ranges, whichever
+// came when, and finishes the tile. Nobody waits.
 #pragma once
 
 #include "async.cuh"
@@ -136,7 +140,61 @@ __device__ inline void add_step(const Stage<float>& stage, u32 outputs, u32 rows
     }
 }
 
-// One block of the product, by all its threads: rows blockIdx.x · 64 … of set blockIdx.z, units blockIdx.y · 32 ….
+// What a block computes.
+struct Tile {
+    u32 rows, range;  // which 64 rows, and which range of the columns
+    __device__ explicit Tile(const Product& p) : rows(blockIdx.x), range(0) {
+        if (p.ranges > 1) rows = blockIdx.x / p.ranges, range = blockIdx.x % p.ranges;
+    }
+};
+
+// Brings the sums of a tile's ranges together, by all threads of the block of one range: true in the last block, in whose c
+// they are then. `rows` of the tile's `count` rows come before this warp's.
+__device__ inline bool gather(const Product& p, u32 count, u32 rows, Sums& c) {
+    const u32 range = Tile(p).range;
+    const u32 tile = (blockIdx.z * gridDim.y + blockIdx.y) * (gridDim.x / p.ranges) + Tile(p).rows;
+    float4* const all = reinterpret_cast<float4*>(p.range_sums);
+    // As the threads hold them: whole sectors, and rows that don't exist are passed over.
+    const auto place = [=](u32 of, u32 fragment) {
+        return all + ((u64(tile) * p.ranges + of) * 8 + fragment) * GEMM_THREADS + threadIdx.x;
+    };
+    const auto exists = [=](u32 fragment) { return rows + fragment % 4 * 8 < count; };
+#pragma unroll
+    for (u32 at = 0; at < 8; at++) {
+        const float(&from)[4] = c[at / 4][at % 4];
+        if (exists(at)) *place(range, at) = {from[0], from[1], from[2], from[3]};
+    }
+    // The barrier brings the block's sums to thread 0, whose fence brings them to the other blocks; the last block takes
+    // the same way back.
+    __syncthreads();
+    bool last = false;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(p.progress + tile, 1) == p.ranges - 1;
+        __threadfence();
+        if (last) p.progress[tile] = 0;  // for the next launch
+    }
+    if (!__syncthreads_or(last)) return false;
+#pragma unroll
+    for (u32 at = 0; at < 32; at++) c[at / 16][at / 4 % 4][at % 4] = 0;
+#pragma unroll 1
+    for (u32 of = 0; of < p.ranges; of++) {
+        float4 parts[8] = {};
+#pragma unroll
+        for (u32 at = 0; at < 8; at++) {
+            if (exists(at)) parts[at] = __ldcg(place(of, at));
+        }
+#pragma unroll
+        for (u32 at = 0; at < 8; at++) {
+            float(&to)[4] = c[at / 4][at % 4];
+            to[0] += parts[at].x, to[1] += parts[at].y, to[2] += parts[at].z, to[3] += parts[at].w;
+        }
+    }
+    return true;
+}
+
+// One block of the product, by all its threads: range blockIdx.x % ranges of the columns, for rows
+// blockIdx.x / ranges · 64 … of set blockIdx.z, units blockIdx.y · 32 ….
 template <typename T>
 struct Gemm {
     static constexpr u32 PIECE = Stage<T>::PIECE, COLS = Stage<T>::COLS;
@@ -148,15 +206,16 @@ struct Gemm {
         __shared__ uint4 memory[GEMM_STAGES * sizeof(Stage<T>) / sizeof(uint4)];
         Stage<T>* const stages = reinterpret_cast<Stage<T>*>(memory);
         float* const sums = reinterpret_cast<float*>(memory);  // (GEMM_ROWS, SUMS), when all is multiplied
-        const u32 first_row = blockIdx.x * GEMM_ROWS, first_unit = blockIdx.y * GEMM_UNITS;
+        const u32 first_row = Tile(p).rows * GEMM_ROWS, first_unit = blockIdx.y * GEMM_UNITS;
         const Span span(p, blockIdx.z, first_row, GEMM_ROWS);
         if (span.count == 0) return;
         const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
         const u32 outputs = warp / 2 * 32, rows = warp % 2 * 32;  // where this warp's part begins
-        const T* x = static_cast<const T*>(p.x) + u64(span.first) * split_stride<T>(p.stride);
 
         Sums c = {};
-        multiply(p, x, span.count, [=](u32 o) { return row_of(first_unit + o / UNIT, o % UNIT); }, stages, outputs, rows, c);
+        const auto weight_row = [=](u32 o) { return row_of(first_unit + o / UNIT, o % UNIT); };
+        multiply(p, span, weight_row, stages, outputs, rows, c);
+        if (p.ranges > 1 && !gather(p, span.count, rows, c)) return;
 
         // The factor of each row undoes its power of two and normalises it.
         __syncthreads();
@@ -165,7 +224,7 @@ struct Gemm {
 #pragma unroll
             for (u32 half = 0; half < 2; half++) {
                 const u32 m = rows + j * 8 + lane % 4 * 2 + half;
-                const float factor = m < span.count ? factor_of(p, x, m) : 0;
+                const float factor = m < span.count ? factor_of(p, span.first + m) : 0;
 #pragma unroll
                 for (u32 i = 0; i < 2; i++) {
 #pragma unroll
@@ -204,14 +263,19 @@ struct Gemm {
         }
     }
 
-    static __device__ float factor_of(const Product& p, const T* x, u32 m) {
-        return *reinterpret_cast<const float*>(x + u64(m) * split_stride<T>(p.stride) + 2 * p.stride);
+    // A row as split_rows wrote it.
+    static __device__ const T* x_of(const Product& p, u32 index) {
+        return static_cast<const T*>(p.x) + u64(index) * split_stride<T>(p.stride);
     }
 
-    // c += W x over all columns.
+    static __device__ float factor_of(const Product& p, u32 index) {
+        return *reinterpret_cast<const float*>(x_of(p, index) + 2 * p.stride);
+    }
+
+    // c += W x over the block's range of the columns: whole steps, as many of them in each range but the last ones.
     template <typename RowOf>
     static __device__ void multiply(
-        const Product& p, const T* x, u32 count, RowOf row_of, Stage<T>* stages, u32 outputs, u32 rows, Sums& c
+        const Product& p, Span span, RowOf row_of, Stage<T>* stages, u32 outputs, u32 rows, Sums& c
     ) {
         // Each thread brings two pieces of W, and one of each half of x.
         const u32 piece = threadIdx.x % 4, row = threadIdx.x / 4;
@@ -220,12 +284,19 @@ struct Gemm {
             weights + u64(row_of(row)) * p.stride,
             weights + u64(row_of(row + GEMM_OUTPUTS / 2)) * p.stride,
         };
-        const bool exists = row < count;
-        const T* const from_x = x + u64(exists ? row : 0) * split_stride<T>(p.stride);
-        const u32 steps = (p.stride + COLS - 1) / COLS;
+        const bool exists = row < span.count;
+        const T* const from_x = x_of(p, span.first + (exists ? row : 0));
+        u32 steps = (p.stride + COLS - 1) / COLS, first = 0;
+        if (p.ranges > 1) {
+            const u32 range = Tile(p).range;
+            const u32 most = (steps + p.ranges - 1) / p.ranges;
+            first = min(most * range, steps);
+            steps = min(most, steps - first);
+        }
+        const u32 first_column = first * COLS + piece * PIECE;
         const auto fetch = [&](u32 step) {
             Stage<T>& stage = stages[step % GEMM_STAGES];
-            const u32 k = step * COLS + piece * PIECE, at = Stage<T>::at(row, piece);
+            const u32 k = step * COLS + first_column, at = Stage<T>::at(row, piece);
             const bool inside = k < p.stride;
             const u32 safe = inside ? k : 0;
             copy_async(stage.weights + at, from[0] + safe, inside);

@@ -27,8 +27,11 @@ struct Product {
     u32 rank;                  // of the adapters, rounded up to 8
     u32 segments;              // projections that W stacks: lora_t has one part for each
     u32 producers;             // Gemv: blocks of each set that compute lora_t; 0 where it is there
+    u32 ranges;                // Gemm: ranges of columns, a block each, that a tile's sums come from; 1 or more
     const float* lora_a;       // (segments · rank, stride) of adapter 0, for whoever computes lora_t
     u32* progress;             // Gemv: (sets, 2): blocks that have begun, and producers that are done; zero before
+                               // Gemm: (tiles,): blocks that have their sums; zero before and after; unused with one range
+    float* range_sums;         // Gemm: (tiles, ranges, 64 · 128): what each range adds to a tile; unused with one
 };
 
 // The rows of x that a block computes for one set: after `skip` of them at most `most`.

@@ -387,9 +387,12 @@ fn memory_is_planned_before_anything_goes_up() {
 
     // The plan is what is then taken, but for a few small things: parameters of fusion, counters. Wide models whose
     // weights, adapters and tables of angles are most of it, too.
-    let wide = Shape { hidden: 512, intermediate: 520, ..EVEN };
-    let (models, _) = mixed_ensemble(wide, Dtype::Bf16);
-    for ensemble in [ensemble, Arc::new(Ensemble::from_models(models).unwrap())] {
+    // And such that blocks of tensor cores share columns, and leave sums for each other.
+    let wide = [520, 1100].map(|intermediate| {
+        let (models, _) = mixed_ensemble(Shape { hidden: 512, intermediate, ..EVEN }, Dtype::Bf16);
+        Arc::new(Ensemble::from_models(models).unwrap())
+    });
+    for ensemble in std::iter::once(ensemble).chain(wide) {
         let gpu = driver.device("rtx4090").unwrap();
         let options =
             CudaOptions { ordinal: gpu.ordinal(), small_ordinal: gpu.ordinal(), limits, graphs: true };

@@ -222,6 +222,62 @@ fn many_rows_are_multiplied_by_tensor_cores() {
     }
 }
 
+/// The widths of TinyLlama-1.1B, with few ids.
+const TINY: Shape =
+    Shape { hidden: 2048, intermediate: 5632, heads: 32, kv_heads: 4, head_dim: 64, vocab: 128, bias: false };
+
+#[test]
+fn blocks_that_share_a_tile_read_no_weight_twice() {
+    let Shape { hidden, intermediate, heads, kv_heads, head_dim, vocab, .. } = TINY;
+    // Outputs that are written for a row, outputs and columns of W, and blocks for each of its tiles.
+    let launched = [
+        ((heads + 2 * kv_heads) * head_dim, (heads + 2 * kv_heads) * head_dim, hidden, 4),
+        (hidden, hidden, heads * head_dim, 4),
+        (intermediate, 2 * intermediate, hidden, 1),
+        (hidden, hidden, intermediate, 8),
+    ];
+    let launched = [&launched[..], &launched[..], &[(vocab, vocab, hidden, 4)]].concat();
+    for rows in [32, 64] {
+        let launches = step(&[Role::Large], rows, TINY, Dtype::Bf16);
+        let projections = launches.iter().filter(|launch| is_projection(launch));
+        for (launch, &(written, outputs, cols, ranges)) in projections.clone().zip(&launched) {
+            let c = &launch.counters;
+            assert_eq!(c.blocks, (outputs / 128 * ranges) as u64, "{}", launch.kernel);
+            // What is multiplied is what one block a tile would multiply: weights once, x once a tile.
+            let (weights, x) = (2 * outputs * cols, 2 * 2 * rows * cols);
+            assert_eq!(c.async_copy_bytes, (weights + outputs / 128 * 2 * 2 * 64 * cols) as u64);
+            // A block's sums are written once, and read once by another.
+            let sums = if ranges > 1 { c.blocks as usize * rows * 128 * 4 } else { 0 };
+            assert_eq!(
+                c.global_store_bytes,
+                (rows * written * 4 + sums + 4 * usize::from(ranges > 1) * outputs / 128) as u64
+            );
+            assert_eq!(c.global_atomics, if ranges > 1 { c.blocks } else { 0 });
+            // Beside them what the epilogue reads: a factor a row, the residual stream, where queries and keys go.
+            let distinct = 32 * c.distinct_load_sectors;
+            let least = (weights + x + sums) as u64;
+            assert!(
+                (least..=least + least / 20).contains(&distinct),
+                "{}: {distinct} of {least}",
+                launch.kernel
+            );
+            assert_eq!(c.shared_waves, c.shared_ideal_waves, "{}", launch.kernel);
+            println!(
+                "{rows} rows: {}, {} blocks, {sums} bytes of sums each way beside {weights}; {} loaded, {} stored, {distinct} \
+                 and {} in distinct sectors, {} warp instructions, {} barriers",
+                launch.kernel,
+                c.blocks,
+                c.global_load_bytes,
+                c.global_store_bytes,
+                32 * c.distinct_store_sectors,
+                c.warp_instructions,
+                c.barriers
+            );
+        }
+        assert_eq!(projections.count(), launched.len());
+    }
+}
+
 #[test]
 fn attention_of_a_prompt_has_no_conflicts() {
     for head_dim in [64, 128] {

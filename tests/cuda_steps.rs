@@ -139,11 +139,22 @@ fn graphs_give_what_eager_launches_give() {
 
 #[test]
 fn graphs_of_large_batches_run_on_tensor_cores() {
-    let ensemble = ensemble(1);
+    // In the second one so many columns are summed that several blocks share them.
+    let long = Shape { intermediate: 1100, ..EVEN };
+    let roles = [Role::Large, Role::Small, Role::Expert(0)];
+    let models =
+        roles.into_iter().enumerate().map(|(seed, role)| model(role, long, Dtype::Bf16, seed as u64));
+    for ensemble in [ensemble(1), Arc::new(Ensemble::from_models(models.collect()).unwrap())] {
+        graphs_of_a_large_batch(&ensemble);
+    }
+}
+
+fn graphs_of_a_large_batch(ensemble: &Arc<Ensemble>) {
     let limits = Limits { rows: 64, slots: 20, blocks: 80 };
     let mut of_mode = Vec::new();
     for graphs in [false, true] {
-        let (gpu, mut generator) = open_with(&ensemble, graphs, limits);
+        let (gpu, mut generator) = open_with(ensemble, graphs, limits);
+        gpu.seed(u64::from(graphs));
         for seed in 0..20 {
             generator.push(Request { ignore_eos: true, ..Request::new(prompt(seed, 2), 5) }).unwrap();
         }

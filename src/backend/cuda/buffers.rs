@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::device::Gpu;
-use super::kernels::{MOST_ROWS, SPLIT, split_words};
+use super::kernels::{MOST_RANGE_SUMS, MOST_ROWS, MOST_TICKETS, RANGE_COLUMNS, SPLIT, split_words};
 use super::lora::rank_of;
 use super::memory::Buffer;
 use super::plan::{LISTS, MAX_GROUP, Members};
@@ -23,7 +23,7 @@ const MOST_ROWS_OF_A_TURN: usize = 512;
 /// Partial results of attention, in bytes: rows take turns where they would need more.
 const PARTIAL_BYTES: usize = 64 << 20;
 
-/// `(rows, …)` each.
+/// `(rows, …)` each, where nothing else is said.
 pub(crate) struct Buffers {
     /// The residual stream: hidden_size.
     pub(crate) hidden: Buffer<f32>,
@@ -37,6 +37,10 @@ pub(crate) struct Buffers {
     pub(crate) low_rank: Buffer<f32>,
     /// The widest input of a projection as tensor cores take it: see `split_rows` in gemm_projections.cuh.
     pub(crate) split: Buffer<f32>,
+    /// The sums of ranges of columns, where several blocks of tensor cores share a tile; no matter how many rows.
+    pub(crate) range_sums: Buffer<f32>,
+    /// One for each tile; zero between launches.
+    pub(crate) tickets: Buffer<u32>,
     /// `(rows of a part, heads, splits, head_dim)`
     pub(crate) partial: Buffer<f32>,
     /// `(rows of a part, heads, splits, 2)`
@@ -115,6 +119,8 @@ pub(crate) struct Sizes {
     activated: usize,
     low_rank: usize,
     split: usize,
+    range_sums: usize,
+    tickets: usize,
     partial: usize,
     state: usize,
     lists: usize,
@@ -134,13 +140,16 @@ impl Sizes {
         let parts = parts.max(rows.min(rows_of_a_part(heads, 1, head_dim)) * heads);
         let most = (PARTIAL_BYTES / (head_dim * size_of::<f32>())).max(parts).min(rows * heads * splits);
         let widest = config.hidden_size.max(heads * head_dim).max(config.intermediate_size);
+        let (is_wide, is_shared) = (rows > MOST_ROWS, rows > MOST_ROWS && widest >= 2 * RANGE_COLUMNS);
         Self {
             hidden: rows * stride(config.hidden_size),
             queries: rows * stride(heads * head_dim),
             attended: rows * stride(heads * head_dim),
             activated: rows * stride(config.intermediate_size),
             low_rank: rows * 3 * rank,
-            split: if rows > MOST_ROWS { rows * split_words(dtype, stride(widest)) } else { 0 },
+            split: if is_wide { rows * split_words(dtype, stride(widest)) } else { 0 },
+            range_sums: if is_shared { MOST_RANGE_SUMS } else { 0 },
+            tickets: if is_shared { MOST_TICKETS } else { 0 },
             partial: most * head_dim,
             state: most * 2,
             lists: LISTS * rows.max(MAX_GROUP + 1),
@@ -149,9 +158,11 @@ impl Sizes {
     }
 
     fn total(self) -> usize {
-        let Self { hidden, queries, attended, activated, low_rank, split, partial, state, lists, tables } =
-            self;
-        hidden + queries + attended + activated + low_rank + split + partial + state + lists + tables
+        let Self { hidden, queries, attended, activated, low_rank, split, range_sums, tickets, .. } = self;
+        let Self { partial, state, lists, tables, .. } = self;
+        let of_projections =
+            hidden + queries + attended + activated + low_rank + split + range_sums + tickets;
+        of_projections + partial + state + lists + tables
     }
 }
 
@@ -165,6 +176,8 @@ impl Buffers {
             activated: f32s(sizes.activated)?,
             low_rank: f32s(sizes.low_rank)?,
             split: f32s(sizes.split)?,
+            range_sums: f32s(sizes.range_sums)?,
+            tickets: gpu.zeros(stream, sizes.tickets, "activations")?,
             partial: f32s(sizes.partial)?,
             state: f32s(sizes.state)?,
             lists: gpu.zeros(stream, sizes.lists, "activations")?,

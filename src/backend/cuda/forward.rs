@@ -15,7 +15,7 @@ use super::buffers::{Buffers, Extent, Sizes, rotations};
 use super::device::{Gpu, Grid};
 use super::kernels::{
     EmbedArgs, IntoArgs, Kernels, LmHeadArgs, MOST_ROWS, Product, Projections, QkvArgs, SPLIT, SPLIT_WARPS,
-    SplitArgs, StepRows, WARPS, WIDE_ROWS, WIDE_UNITS, staging,
+    SplitArgs, StepRows, Tiling, WARPS, staging,
 };
 use super::lora::{DeviceAdapters, Stage};
 use super::memory::Buffer;
@@ -448,6 +448,8 @@ impl Group {
             producers: 0,
             lora_a: lora.map_or(0, |(adapters, layer, stage)| adapters.a(layer, stage)),
             progress: lora.map_or(0, |(adapters, layer, stage)| adapters.progress(layer, stage)),
+            ranges: 1,
+            range_sums: 0,
         }
     }
 
@@ -473,12 +475,15 @@ impl Group {
             unsafe {
                 self.gpu.launch(&self.stream, &self.kernels.split_rows, grid, &SplitArgs { product, to })
             }?;
+            let tiling = Tiling::new(rows.most, units, product.cols as usize, self.sets() as usize);
             product.x = to;
-            let blocks =
-                (u32_of(rows.most.div_ceil(WIDE_ROWS)), u32_of(units.div_ceil(WIDE_UNITS)), self.sets());
-            let grid = Grid { blocks, threads: (256, 1, 1), shared: 0 };
-            // SAFETY: as below, and `split` has been written for these rows.
-            return unsafe { self.gpu.launch(&self.stream, kernel, grid, &args(product)) };
+            product.ranges = u32_of(tiling.ranges);
+            product.progress = self.buffers.tickets.address();
+            product.range_sums = self.buffers.range_sums.address();
+            // SAFETY: as below, and `split` has been written for these rows. With several ranges there are no more blocks and
+            // tiles than `range_sums` and `tickets` have room for (see `Tiling::new`); this group's launches use these one
+            // after the other, and each leaves the tickets at zero.
+            return unsafe { self.gpu.launch(&self.stream, kernel, tiling.grid(), &args(product)) };
         }
         let tiles = units.div_ceil(WARPS);
         let (kernel, most) = projections.few(rows.most);

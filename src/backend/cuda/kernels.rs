@@ -2,7 +2,7 @@
 
 use cudarc::driver::DeviceRepr;
 
-use super::device::{Gpu, Kernel};
+use super::device::{Gpu, Grid, Kernel};
 use crate::config::LlamaConfig;
 use crate::error::Result;
 use crate::weights::Dtype;
@@ -17,6 +17,16 @@ pub(crate) const MOST_ROWS: usize = 16;
 pub(crate) const WIDE_ROWS: usize = 64;
 /// Its units of four outputs.
 pub(crate) const WIDE_UNITS: usize = 32;
+
+/// Blocks that a launch on tensor cores is to have, where ranges of columns can make so many of its tiles: about one for each
+/// multiprocessor of an A100 (108), an RTX 4090 (128) or an H100 (132), and the same on all of them, so that sums are, too.
+const WIDE_BLOCKS: usize = 128;
+/// Columns of a range at least: the sums of 64 rows are then a quarter of its weights' bytes in 16 bits.
+pub(crate) const RANGE_COLUMNS: usize = 512;
+/// Tiles of a launch that has several ranges, at most.
+pub(crate) const MOST_TICKETS: usize = WIDE_BLOCKS / 2;
+/// Sums of all ranges of all its tiles, at most.
+pub(crate) const MOST_RANGE_SUMS: usize = WIDE_BLOCKS * WIDE_ROWS * WIDE_UNITS * OUTPUTS;
 
 /// Query heads of one key head that one block of attention computes: the kernels' G.
 const HEADS: [usize; 4] = [1, 2, 4, 8];
@@ -80,8 +90,10 @@ pub(crate) struct Product {
     pub(crate) rank: u32,
     pub(crate) segments: u32,
     pub(crate) producers: u32,
+    pub(crate) ranges: u32,
     pub(crate) lora_a: u64,
     pub(crate) progress: u64,
+    pub(crate) range_sums: u64,
 }
 
 impl Product {
@@ -95,6 +107,30 @@ impl Product {
     pub(crate) fn producers_for(&self, rows: usize, multiprocessors: usize) -> u32 {
         let blocks = (rows * self.low_rank() as usize).div_ceil(WARPS);
         blocks.min(multiprocessors) as u32
+    }
+}
+
+/// How a projection on tensor cores is cut into blocks: follows from its shape alone.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tiling {
+    /// Blocks of rows, of units, and sets: a tile each.
+    tiles: (usize, usize, usize),
+    /// Of the columns, a block of each tile each.
+    pub(crate) ranges: usize,
+}
+
+impl Tiling {
+    /// For `units` units over `cols` columns, and up to `rows` rows of a set, at least one of each.
+    pub(crate) fn new(rows: usize, units: usize, cols: usize, sets: usize) -> Self {
+        let tiles = (rows.div_ceil(WIDE_ROWS), units.div_ceil(WIDE_UNITS), sets);
+        let ranges = (WIDE_BLOCKS / (tiles.0 * tiles.1 * tiles.2).max(1)).min(cols / RANGE_COLUMNS).max(1);
+        Self { tiles, ranges }
+    }
+
+    pub(crate) fn grid(self) -> Grid {
+        let (rows, units, sets) = self.tiles;
+        let blocks = ((rows * self.ranges) as u32, units as u32, sets as u32);
+        Grid { blocks, threads: (256, 1, 1), shared: 0 }
     }
 }
 
@@ -373,6 +409,39 @@ mod tests {
         }
         assert_eq!(excess_of(&|config| config.vocab_size = 8_388_480), None);
         assert!(excess_of(&|config| config.vocab_size = 8_388_481).is_some());
+    }
+
+    #[test]
+    fn few_tiles_share_their_columns_and_many_do_not() {
+        // Rows, outputs, columns, sets; blocks and ranges.
+        let cases = [
+            // Llama-2-13B: qkv, the output of attention and of the feed-forward, gate and up.
+            ((64, 15_360, 5120, 1), (120, 1)),
+            ((64, 5120, 5120, 1), (120, 3)),
+            ((17, 5120, 13_824, 1), (120, 3)),
+            ((64, 27_648, 5120, 1), (216, 1)),
+            ((65, 5120, 13_824, 1), (80, 1)),
+            // TinyLlama-1.1B, alone and with two experts.
+            ((64, 2560, 2048, 1), (80, 4)),
+            ((64, 2048, 2048, 1), (64, 4)),
+            ((64, 2048, 5632, 1), (128, 8)),
+            ((64, 11_264, 2048, 1), (88, 1)),
+            ((65, 2048, 5632, 1), (128, 4)),
+            ((32, 2048, 5632, 3), (96, 2)),
+            // Columns that aren't worth it.
+            ((17, 2, 1023, 1), (1, 1)),
+        ];
+        for ((rows, outputs, cols, sets), expected) in cases {
+            let tiling = Tiling::new(rows, usize::div_ceil(outputs, OUTPUTS), cols, sets);
+            let (x, y, z) = tiling.grid().blocks;
+            assert_eq!((x * y * z, tiling.ranges), expected, "{rows} {outputs} {cols} {sets}");
+        }
+        for (tiles, cols) in (1..200).flat_map(|tiles| [1, 512, 1024, 5000, 70_000].map(|cols| (tiles, cols)))
+        {
+            let tiling = Tiling::new(1, tiles * WIDE_UNITS, cols, 1);
+            let blocks = tiles * tiling.ranges;
+            assert!(tiling.ranges == 1 || (blocks <= WIDE_BLOCKS && tiles <= MOST_TICKETS), "{tiles} {cols}");
+        }
     }
 
     #[test]

@@ -5,8 +5,8 @@ use half::{bf16, f16};
 use super::bed::{Arena, Bed, Found, Output, ROUNDING, Rng, Sum, firsts, padded, sets_of};
 use crate::backend::cuda::device::Grid;
 use crate::backend::cuda::kernels::{
-    Kernels, MOST_ROWS, PANEL, Product, Projections, SPLIT_WARPS, SplitArgs, WARPS, WIDE_ROWS, WIDE_UNITS,
-    split_words, staging,
+    Kernels, MOST_ROWS, OUTPUTS, PANEL, Product, Projections, SPLIT_WARPS, SplitArgs, Tiling, WARPS,
+    WIDE_ROWS, WIDE_UNITS, split_words, staging,
 };
 use crate::backend::cuda::memory::Buffer;
 use crate::backend::cuda::weights::stride;
@@ -125,6 +125,8 @@ impl Problem {
             producers: 0,
             lora_a: f32s[1].address(),
             progress: u32s[2].address(),
+            ranges: 1,
+            range_sums: 0,
         };
         let _alive = (bytes, f32s, u32s);
         Self {
@@ -227,7 +229,8 @@ impl Problem {
     ///
     /// On tensor cores: a sum of each step's columns, 32 of them or 16 in f32, and within a step four sums, which may be cut
     /// off instead of rounded, or in f32 one such sum and one that is rounded, and two of small numbers, 2⁻¹⁰ of the others;
-    /// what the halves lose; the squares along 128 lanes; B t in one go; and the rest as above.
+    /// what the halves lose; the squares along 128 lanes; B t in one go; and the rest as above. Where ranges of columns are
+    /// summed apart, 512 or more of them each, a range has fewer steps, by more than the ranges that are added.
     pub(super) fn roundings(&self) -> usize {
         let Case { dtype, cols, rank, .. } = self.case;
         if self.is_wide() {
@@ -286,8 +289,22 @@ impl Problem {
             bed.launch(&split_rows, grid, &SplitArgs { product, to: split.address() })?;
             self.check_split(&split.numbers(bed)?)?;
             product.x = split.address();
-            let blocks = (self.most.div_ceil(WIDE_ROWS) as u32, units.div_ceil(WIDE_UNITS) as u32, sets);
-            return bed.launch(kernel, Grid { blocks, threads: (256, 1, 1), shared: 0 }, &args(product));
+            let tiling = Tiling::new(self.most, units, product.cols as usize, sets as usize);
+            let (grid, ranges) = (tiling.grid(), tiling.ranges);
+            let blocks = (grid.blocks.0 * grid.blocks.1 * grid.blocks.2) as usize;
+            // A word more, so that none of them is no buffer.
+            let tickets = bed.put(&vec![0_u32; blocks / ranges + 1]);
+            let sums = bed.fresh(blocks * WIDE_ROWS * WIDE_UNITS * OUTPUTS);
+            product.ranges = ranges as u32;
+            product.progress = tickets.address();
+            product.range_sums = if ranges > 1 { sums.address() } else { 0 };
+            bed.launch(kernel, grid, &args(product))?;
+            sums.numbers(bed)?;
+            let left = bed.back(&tickets)?;
+            if left.iter().any(|&ticket| ticket != 0) {
+                return Err(format!("{:?}: tickets are left at {left:?}", self.case));
+            }
+            return Ok(());
         }
         let tiles = units.div_ceil(WARPS);
         let (kernel, most) = projections.few(self.most);

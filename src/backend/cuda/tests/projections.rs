@@ -4,7 +4,7 @@ use virtual_gpu::exec::Accumulate;
 
 use super::bed::{Bed, DTYPES, Found, Near, ROUNDING, assert_noticed, firsts};
 use super::problem::{Case, Problem};
-use crate::backend::cuda::kernels::{IntoArgs, LmHeadArgs, QkvArgs};
+use crate::backend::cuda::kernels::{IntoArgs, LmHeadArgs, QkvArgs, Tiling};
 use crate::backend::cuda::weights::stride;
 use crate::kv_cache::BLOCK_SIZE;
 use crate::weights::Dtype;
@@ -259,6 +259,89 @@ fn long_rows_and_many_outputs() {
     lm_head(&bed, Case { rows: &[31, 1], cols: 530, dtype: Dtype::F16, ..case }, 7001).unwrap();
 }
 
+/// Columns that several blocks share, and more than one block of rows, of units and of sets.
+const LONG: Case = Case { dtype: Dtype::Bf16, rows: &[20, 0, 66], cols: 1100, bias: true, rank: 8 };
+
+#[test]
+fn ranges_of_columns_against_a_plain_sum() {
+    let bed = Bed::new();
+    for (index, dtype) in DTYPES.into_iter().enumerate() {
+        let case = Case { dtype, rank: [8, 0, 16][index], ..LONG };
+        let three = Case { rows: &[33], cols: 1600, ..case };
+        residual(&bed, three, 67).unwrap();
+        residual(&bed, case, 131).unwrap();
+        gate_up(&bed, three, 33).unwrap();
+        gate_up(&bed, Case { rows: &[17, 19], ..case }, 65).unwrap();
+        lm_head(&bed, Case { rows: &[40], ..case }, 130).unwrap();
+        qkv(&bed, Case { rows: &[17, 3], ..case }, (3, 1, 30)).unwrap();
+    }
+    // So many ranges that whole steps leave none to the last one.
+    residual(&bed, Case { rows: &[17], cols: 10_272, rank: 0, ..LONG }, 6).unwrap();
+    let wide = |name: &str| name.contains("_wide_");
+    let shared = bed.device.launches().into_iter().filter(|launch| wide(&launch.kernel));
+    // Atomics are tickets: none of them was a launch with one range.
+    assert!(shared.clone().all(|launch| launch.counters.global_atomics > 0));
+    assert_eq!(shared.count(), 3 * 6 + 1);
+    bed.assert_every(&IMAGES[3..], |name| name.contains("_wide_"));
+}
+
+/// What a projection writes, to the bit, whatever the order of its blocks; twice, since the second launch must find the
+/// tickets as the first did.
+#[test]
+fn ranges_are_added_in_their_own_order() {
+    let case = Case { rows: &[34], cols: 4200, rank: 0, ..LONG };
+    let outputs = |seed: u64| {
+        let bed = Bed::new();
+        bed.device.seed(seed);
+        let (problem, n) = (Problem::new(&bed, case, (67, 1, false)), 67_usize);
+        let ranges = Tiling::new(34, n.div_ceil(4), 4200, 1).ranges;
+        assert_eq!(ranges, 8);
+        let to = [0, 1].map(|_| bed.output(&vec![0.0; 34 * stride(n)]));
+        for hidden in &to {
+            let args = |product| IntoArgs { product, to: hidden.address(), to_stride: stride(n) as u32 };
+            problem.project(&bed, &problem.kernels(&bed).residual, n.div_ceil(4), args).unwrap();
+        }
+        to.map(|hidden| hidden.numbers(&bed).unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>())
+    };
+    let expected = outputs(0);
+    assert_eq!(expected[0], expected[1]);
+    for seed in 1..12 {
+        assert!(outputs(seed) == expected, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_missing_piece_of_the_ranges_is_noticed() {
+    let changes = [
+        // The barrier that gathers a block's sums, the fences on both sides of the ticket, the last block's word to its threads.
+        ("bar.sync", 1, ""),
+        ("membar", 0, ""),
+        ("membar", 1, ""),
+        ("bar.red.or.pred", 0, ""),
+        // A ticket that doesn't count on, one too many, one that isn't taken back.
+        ("atom.global.add*, 1;", 0, ", 0;"),
+        ("atom.global.add*, 1;", 0, ", 2;"),
+        ("st.global.u32", 0, ""),
+        // Sums that don't come, and that aren't looked at.
+        ("st.global.v4.f32", 3, ""),
+        ("st.global.v4.f32", 4, ""),
+        ("ld.global.cg.v4.f32", 0, ""),
+        ("ld.global.cg.v4.f32", 5, ""),
+    ];
+    for dtype in [Dtype::Bf16, Dtype::F32] {
+        let kernel = &format!("residual_wide_{dtype}");
+        let test = |bed: &Bed| residual(bed, Case { dtype, rows: &[32, 20], ..LONG }, 130);
+        for (find, nth, replacement) in changes {
+            let bed = Bed::new();
+            bed.device.mutate(kernel, find, nth, replacement);
+            let found = test(&bed);
+            assert!(bed.device.mutations() > 0, "{kernel} has no {find} {nth}");
+            assert!(found.is_err(), "{kernel} without {find} {nth} went unnoticed");
+        }
+        assert_noticed(kernel, 116, "ranges", test);
+    }
+}
+
 #[test]
 fn a_wrong_number_is_noticed() {
     const CASE: Case = Case { dtype: Dtype::Bf16, rows: &[3, 4], cols: 44, bias: true, rank: 8 };
@@ -283,15 +366,15 @@ fn a_wrong_number_is_noticed() {
         }
     }
     for (at, name) in [
-        (200, "model_stride"),
-        (208, "angle_stride"),
-        (216, "query_stride"),
-        (220, "table_stride"),
-        (224, "heads"),
+        (208, "model_stride"),
+        (216, "angle_stride"),
+        (224, "query_stride"),
+        (228, "table_stride"),
+        (232, "heads"),
     ] {
         assert_noticed("qkv_bf16_4", at, name, |bed| qkv(bed, CASE, (3, 1, 10)));
     }
-    for (at, name) in [(72, "set_stride"), (80, "lora_stride"), (228, "kv_heads"), (232, "head_dim")] {
+    for (at, name) in [(72, "set_stride"), (80, "lora_stride"), (236, "kv_heads"), (240, "head_dim")] {
         assert_noticed("qkv_bf16_4", at, name, |bed| qkv(bed, CASE, (3, 1, 10)));
     }
 }
@@ -300,10 +383,10 @@ fn a_wrong_number_is_noticed() {
 fn a_wrong_number_is_noticed_on_tensor_cores() {
     const CASE: Case = Case { dtype: Dtype::Bf16, rows: &[18, 20], cols: 44, bias: true, rank: 8 };
     let of_qkv = [(72, "set_stride"), (80, "lora_stride"), (96, "stride"), (104, "rank"), (108, "segments")];
-    for (at, name) in of_qkv.into_iter().chain([(224, "heads"), (228, "kv_heads"), (232, "head_dim")]) {
+    for (at, name) in of_qkv.into_iter().chain([(232, "heads"), (236, "kv_heads"), (240, "head_dim")]) {
         assert_noticed("qkv_wide_bf16", at, name, |bed| qkv(bed, CASE, (3, 1, 10)));
     }
-    for (kernel, at, name) in [("residual_wide_bf16", 88, "n"), ("residual_wide_bf16", 144, "hidden_stride")]
+    for (kernel, at, name) in [("residual_wide_bf16", 88, "n"), ("residual_wide_bf16", 152, "hidden_stride")]
     {
         assert_noticed(kernel, at, name, |bed| residual(bed, CASE, 30));
     }
