@@ -10,13 +10,14 @@
 
 use std::sync::Arc;
 
-use dlf_engine::Ensemble;
-use dlf_engine::backend::cuda::{CudaBackend, CudaOptions};
+use cudarc::driver::{CudaContext, DevicePtr};
+use dlf_engine::backend::cuda::{CudaBackend, CudaFusion, CudaOptions, DeviceLogits};
 use dlf_engine::backend::{Backend, Batch, Choice, FuseRow, Limits, Row};
-use dlf_engine::fusion::{AlphaGrid, DynamicRule, FusionRule, SearchMode};
+use dlf_engine::fusion::{AlphaGrid, DynamicRule, FusionRule, ModelLogits, SearchMode};
 use dlf_engine::kv_cache::BlockTable;
 use dlf_engine::model::{LlamaModel, Role};
 use dlf_engine::weights::Dtype;
+use dlf_engine::{Ensemble, SamplingParams};
 use virtual_gpu::host::{Driver, Gpu, Launch};
 
 #[path = "support/models.rs"]
@@ -483,4 +484,106 @@ fn the_refined_search_looks_at_a_row_once_more() {
     // They come from the cache: memory delivers what it did.
     let sectors = refined.distinct_load_sectors - grid.distinct_load_sectors;
     assert!(sectors <= 4 * case.rows as u64, "{sectors}");
+}
+
+/// Logits as language models give them, of a large model, a small one and an expert: the most probable 400 tokens, anywhere
+/// in the vocabulary, fall off as a power of their rank, and the rest lie far below.
+fn likely_logits(vocab: usize) -> [Vec<f32>; 3] {
+    let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+    let mut uniform = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1_u64 << 24) as f32
+    };
+    // Nearly normal, with variance 1.
+    let mut normal = || (0..12).map(|_| uniform()).sum::<f32>() - 6.0;
+    let mut large: Vec<f32> = (0..vocab).map(|_| 1.8 * normal() - 2.0).collect();
+    (0..400).for_each(|rank| large[(rank * 7919 + 13) % vocab] = 16.0 - 2.0 * (1.0 + rank as f32).ln());
+    let small: Vec<f32> = large.iter().map(|x| 0.9 * x + 0.3 * normal()).collect();
+    let expert = small.iter().map(|x| x + 0.2 * normal()).collect();
+    [large, small, expert]
+}
+
+/// The sampler's launch for one row of such logits.
+fn sampled(vocab: usize, params: &SamplingParams) -> Launch {
+    let gpu = Driver::load().unwrap().device("h100").unwrap();
+    let stream = CudaContext::new(gpu.ordinal()).unwrap().new_stream().unwrap();
+    let matrices = likely_logits(vocab).map(|row| stream.clone_htod(&row).unwrap());
+    let [large, small, expert] = matrices.each_ref().map(|matrix| matrix.device_ptr(&stream).0);
+    let logits =
+        ModelLogits { large: Some(large), small: Some(small), experts: std::iter::once(expert).collect() };
+    let shape = DeviceLogits { rows: 1, vocab_size: vocab, stride: vocab };
+    let mut fusion = CudaFusion::new(gpu.ordinal(), 1, shape).unwrap();
+    let rule = FusionRule::default();
+    // Of a few hundred tokens some are repeated.
+    let history: Vec<u32> = (0..500).map(|at| (at * at * 31 % (vocab / 2)) as u32).collect();
+    let choice = Choice::Sample { params, history: &history, generated: 200, banned: &[] };
+    let mut found = Vec::new();
+    let row = FuseRow { slot: 0, step: 3, rule: &rule, held: None, choice };
+    // SAFETY: the matrices live, with one row each; the stream is of the same context.
+    unsafe { fusion.fuse(&logits, stream.cu_stream().cast(), &[row], &mut found) }.unwrap();
+    assert!(found[0].is_ok());
+    assert_eq!(gpu.reports(), []);
+    gpu.launches().into_iter().find(|launch| launch.kernel == "sample").unwrap()
+}
+
+#[test]
+fn the_sampler_looks_at_few_tokens() {
+    let plain = SamplingParams { seed: 5, ..SamplingParams::default() };
+    let (repetition_penalty, min_p) = (1.1, 0.05);
+    let cases = [
+        ("greedy, repetition penalty", SamplingParams { repetition_penalty, ..plain.clone() }),
+        ("top-k 40", SamplingParams { temperature: 0.8, top_k: 40, ..plain.clone() }),
+        ("top-p 0.9", SamplingParams { temperature: 0.7, top_p: 0.9, ..plain.clone() }),
+        ("min-p 0.05", SamplingParams { temperature: 1.0, min_p, ..plain.clone() }),
+        (
+            "all together",
+            SamplingParams {
+                temperature: 0.8,
+                top_k: 40,
+                top_p: 0.9,
+                min_p,
+                repetition_penalty,
+                ..plain.clone()
+            },
+        ),
+        (
+            "repetition penalty, nothing left out",
+            SamplingParams { temperature: 1.0, repetition_penalty, ..plain.clone() },
+        ),
+        ("flat, top-p 0.9", SamplingParams { temperature: 5.0, top_p: 0.9, ..plain }),
+    ];
+    for vocab in [32_000_usize, 128_256] {
+        let slices = vocab.div_ceil(2048) as u64;
+        for (name, params) in &cases {
+            let c = sampled(vocab, params).counters;
+            let (bytes, row) = (c.global_load_bytes + c.global_store_bytes, 4 * vocab as u64);
+            println!(
+                "{vocab}, {name}: {bytes} bytes, {:.2} of a row, {} requests, {} warp instructions, {} blocks, {} of {} waves, {} atomics",
+                bytes as f64 / row as f64,
+                c.global_load_requests + c.global_store_requests,
+                c.warp_instructions,
+                c.blocks,
+                c.shared_waves,
+                c.shared_ideal_waves,
+                c.global_atomics
+            );
+            assert_eq!(c.blocks, slices, "{name}");
+            // The logits of three models, and, where tokens are left out, x.
+            let truncates = params.top_k > 0 || params.top_p < 1.0 || params.min_p > 0.0;
+            let least = if truncates { 4 * row } else { 3 * row };
+            assert!(bytes >= least, "{name}: {bytes}");
+            if name.starts_with("flat") {
+                continue;
+            }
+            // Beside them the history for each slice, 16 bytes for each 128 ids, a few times, and the likely of them.
+            let history = if params.repetition_penalty == 1.0 { 0 } else { slices * 500 * 4 };
+            let (warps, chunks) = (16 * slices, 256 * slices);
+            assert!(bytes <= least + history + 12 * chunks, "{name}: {bytes}");
+            // A request is 512 bytes, but for what each warp is told.
+            let requests = c.global_load_requests + c.global_store_requests;
+            assert!(requests <= least / 512 + 9 * warps, "{name}: {requests}");
+        }
+    }
 }

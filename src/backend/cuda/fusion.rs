@@ -22,6 +22,7 @@ use result::decode;
 pub(super) use rows::{DeviceRow, Encoded, Roles};
 use rows::{Lane, encode, most_lanes, most_lanes_of_row};
 pub(super) use sample::DeviceSample;
+use sample::{Chunk, SAMPLED_CHUNKS, SAMPLED_SLICE};
 
 /// Slices of the vocabulary at most: about as many as GPUs have multiprocessors.
 const SLICES: usize = 128;
@@ -73,7 +74,8 @@ struct SampleArgs {
     samples: u64,
     results: u64,
     fused: u64,
-    counts: u64,
+    chunks: u64,
+    tickets: u64,
     stamps: u64,
     vocab_stride: u32,
     vocab_size: u32,
@@ -94,6 +96,8 @@ unsafe impl DeviceRepr for FuseArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for DeviceSample {}
 // SAFETY: as above.
+unsafe impl DeviceRepr for Chunk {}
+// SAFETY: as above.
 unsafe impl DeviceRepr for SampleArgs {}
 // SAFETY: zeros are zeros.
 unsafe impl ValidAsZeroBits for Lane {}
@@ -105,6 +109,8 @@ unsafe impl ValidAsZeroBits for DeviceResult {}
 unsafe impl ValidAsZeroBits for Partial {}
 // SAFETY: as above.
 unsafe impl ValidAsZeroBits for DeviceSample {}
+// SAFETY: as above.
+unsafe impl ValidAsZeroBits for Chunk {}
 
 /// What the size of a launch follows from: launches of one shape differ only in what lies in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -142,10 +148,10 @@ pub(crate) struct DeviceFuser {
     not_finite: Buffer<u64>,
     results: Buffer<DeviceResult>,
     samples: Buffer<DeviceSample>,
-    /// The sampler's rows: `(capacity, vocab_stride)`.
+    /// The sampler's rows: `(capacity, slices of the sampler, SAMPLED_SLICE)`.
     fused: Buffer<f32>,
-    /// How often each id was seen: `(capacity, vocab_stride)`, zeros between launches.
-    counts: Buffer<u32>,
+    /// What its slices tell of them: `(capacity, slices of the sampler, SAMPLED_CHUNKS)`.
+    chunks: Buffer<Chunk>,
     /// Histories and biases; rows know where theirs lie.
     lists: Buffer<u32>,
     /// Where results come to the host: those of even and of odd steps.
@@ -163,6 +169,7 @@ impl DeviceFuser {
         let slice = place.vocab_size.div_ceil(SLICES).next_multiple_of(SLICE).max(LEAST_SLICE);
         let slices = place.vocab_size.div_ceil(slice).max(1);
         let capacity = capacity_of(place.slots);
+        let sampled = sampled_slices(&place);
         let [a, b, c, d] = ROUNDS.map(|rounds| gpu.kernel("fusion", &format!("fuse_{rounds}")));
         let kernels = [a?, b?, c?, d?];
         let most = shared_bytes(experts, lane_stride);
@@ -190,8 +197,8 @@ impl DeviceFuser {
             not_finite,
             results: gpu.zeros(stream, capacity, "fusion")?,
             samples: gpu.zeros(stream, capacity, "sampling")?,
-            fused: gpu.zeros(stream, capacity * place.vocab_stride, "sampling")?,
-            counts: gpu.zeros(stream, capacity * place.vocab_stride, "sampling")?,
+            fused: gpu.zeros(stream, capacity * sampled * SAMPLED_SLICE, "sampling")?,
+            chunks: gpu.zeros(stream, capacity * sampled * SAMPLED_CHUNKS, "sampling")?,
             lists: gpu.zeros(stream, 0, "sampling")?,
             host: [gpu.landing(capacity)?, gpu.landing(capacity)?],
         })
@@ -376,16 +383,19 @@ impl DeviceFuser {
             samples: self.samples.address(),
             results: fuse.results,
             fused: self.fused.address(),
-            counts: self.counts.address(),
+            chunks: self.chunks.address(),
+            tickets: fuse.tickets,
             stamps: fuse.stamps,
             vocab_stride: fuse.vocab_stride,
             vocab_size: fuse.vocab_size,
             small_model: fuse.small_model,
             first_expert: fuse.first_expert,
         };
-        let grid = Grid { blocks: (shape.rows as u32, 1, 1), threads: (SAMPLER, 1, 1), shared: 0 };
-        // SAFETY: `fuse` has written as many results; lists lie where the rows say and are as long, with each id among
-        // the biases once (`lay_out`); counts are zero between launches: the kernel leaves them so.
+        let slices = sampled_slices(&self.place) as u32;
+        let grid = Grid { blocks: (slices, shape.rows as u32, 1), threads: (SAMPLER, 1, 1), shared: 0 };
+        // SAFETY: `fuse` has written as many results, and left its tickets zero, as this kernel does; lists lie where the
+        // rows say and are as long, with each id among the biases once (`lay_out`); slices and chunks have room for
+        // `capacity` rows, and each is a multiple of 16 bytes.
         unsafe { gpu.launch(stream, &self.sampler, grid, &args) }
     }
 
@@ -416,6 +426,11 @@ impl DeviceFuser {
         // SAFETY: the caller's promise.
         unsafe { self.host[parity % 2].numbers() }
     }
+}
+
+/// Blocks of the sampler for a row. The same whatever the rows.
+fn sampled_slices(place: &LogitsPlace) -> usize {
+    place.vocab_size.div_ceil(SAMPLED_SLICE).max(1)
 }
 
 /// Dynamic shared memory of a launch: the tiles, or the states of all warps, or the merged lanes.

@@ -2,6 +2,16 @@
 
 use crate::sampling::SamplingParams;
 
+/// Tokens of a block: four for each of its threads.
+pub(super) const SAMPLED_SLICE: usize = 2048;
+/// Its warps, each of which tells what it saw in 128 neighbouring tokens.
+pub(super) const SAMPLED_CHUNKS: usize = 16;
+
+/// `Chunk` in sample.cu.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(16))]
+pub(super) struct Chunk([u32; 4]);
+
 /// `SampleRow` in fusion.cuh.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]

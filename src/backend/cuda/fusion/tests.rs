@@ -131,6 +131,7 @@ impl DeviceFuser {
         poison(bed, &mut self.results);
         poison(bed, &mut self.partial);
         poison(bed, &mut self.fused);
+        poison(bed, &mut self.chunks);
     }
 
     /// Whether the kernels wrote only what belongs to `rows`, and left what must be as it was between launches.
@@ -138,20 +139,20 @@ impl DeviceFuser {
         let encoded: Vec<Encoded> = rows.iter().filter_map(|row| self.encode(row).ok()).collect();
         let lanes = encoded.iter().map(Encoded::most_lanes).max().unwrap_or(0);
         let sampled = encoded.iter().any(|row| row.sampled.is_some());
-        let (rows, stride, vocab_size) = (encoded.len(), self.place.vocab_stride, self.place.vocab_size);
+        let rows = encoded.len();
         assert_untouched(bed, ("results", &self.results), |row| row < rows);
         assert_untouched(bed, ("states", &self.partial), |at| {
             at / (self.slices * self.lane_stride) < rows && at % self.lane_stride < lanes
         });
+        let sampled_rows = if sampled { rows } else { 0 };
+        let slices = sampled_slices(&self.place);
         assert_untouched(bed, ("fused logits", &self.fused), |at| {
-            sampled && at / stride < rows && at % stride < vocab_size
+            at / (slices * SAMPLED_SLICE) < sampled_rows
         });
-        let all = |buffer: &Buffer<u32>| {
-            let mut numbers = vec![1; buffer.len()];
-            bed.gpu.read(&bed.stream, buffer, 0, &mut numbers).unwrap();
-            numbers
-        };
-        assert!([all(&self.tickets), all(&self.counts)].concat().iter().all(|&number| number == 0));
+        assert_untouched(bed, ("chunks", &self.chunks), |at| at / (slices * SAMPLED_CHUNKS) < sampled_rows);
+        let mut tickets = vec![1; self.tickets.len()];
+        bed.gpu.read(&bed.stream, &self.tickets, 0, &mut tickets).unwrap();
+        assert!(tickets.iter().all(|&number| number == 0));
         let mut not_finite = vec![0; self.not_finite.len()];
         bed.gpu.read(&bed.stream, &self.not_finite, 0, &mut not_finite).unwrap();
         assert!(not_finite.iter().all(|&number| number == u64::MAX));
@@ -173,7 +174,8 @@ fn fuse_both(models: &[Vec<Vec<f32>>], rows: &[FuseRow<'_>]) -> Both {
     let on_device = bed.fuse(&mut fuser, rows).unwrap();
     let launches = bed.device.launches().len();
     fuser.assert_in_bounds(&bed, rows);
-    // The launch leaves tickets as it found them: it can be repeated, and gives the same.
+    // The launch leaves tickets as it found them: it can be repeated, and gives the same, in another order of blocks and warps.
+    bed.device.seed(7);
     let again = bed.fuse(&mut fuser, rows).unwrap();
     for (first, second) in on_device.iter().zip(&again) {
         assert_eq!(first.as_ref().ok(), second.as_ref().ok());
@@ -394,10 +396,18 @@ fn each_logit_is_read_once() {
 
 #[test]
 fn logits_of_a_caller_are_fused_where_they_lie() {
+    // Rows of whole vectors, and others.
+    for stride in [1504, 1501] {
+        fuse_logits_of_a_caller(stride);
+    }
+}
+
+/// Logits of a stream and a stride of their own.
+fn fuse_logits_of_a_caller(stride: usize) {
     use crate::backend::cuda::{CudaFusion, DeviceLogits};
     use crate::fusion::ModelLogits;
 
-    let (experts, rows, vocab_size, stride) = (2, 3, 1500, 1504);
+    let (experts, rows, vocab_size) = (2, 3, 1500);
     let models = random_logits(experts, rows, vocab_size, 11);
     let (device, gpu) = virtual_gpu("h100");
     // A stream that isn't ours, with work in it that hasn't run.

@@ -144,6 +144,114 @@ fn ties_at_the_border() {
     assert_chosen_alike(&models, &asks, &FusionRule::Large);
 }
 
+/// Settings that are usual, at every step another seed.
+fn usual_asks(vocab_size: usize) -> Vec<Ask> {
+    let plain = SamplingParams { temperature: 0.8, ..SamplingParams::default() };
+    let penalised = SamplingParams { repetition_penalty: 1.2, ..plain.clone() };
+    let cases = [
+        SamplingParams { temperature: 0.0, ..penalised.clone() },
+        SamplingParams { top_k: 40, ..plain.clone() },
+        SamplingParams { top_p: 0.9, ..plain.clone() },
+        SamplingParams { min_p: 0.05, ..plain.clone() },
+        SamplingParams { top_k: 40, top_p: 0.9, min_p: 0.05, ..penalised.clone() },
+        SamplingParams { presence_penalty: 0.5, ..plain },
+        penalised,
+    ];
+    let ask = |(seed, params): (usize, SamplingParams)| Ask {
+        params: SamplingParams { seed: seed as u64, ..params },
+        history: (0..90).map(|at| (at * at * 31 % (vocab_size + 2)) as u32).collect(),
+        generated: 40,
+        banned: vec![vocab_size as u32 / 3],
+    };
+    cases.into_iter().enumerate().map(ask).collect()
+}
+
+#[test]
+fn every_width_is_sampled_from() {
+    // Fewer than a thread has, than a warp, a little more; all but one of whole slices; as many as Llama 3 has.
+    for vocab_size in [1, 2, 3, 4, 5, 31, 33, 127, 129, 2047, 2049, 8191, 128_256] {
+        let models = random_logits(1, 2, vocab_size, 6);
+        let rule = FusionRule::Static(std::iter::once(0.8).collect());
+        assert_chosen_alike(&models, &usual_asks(vocab_size), &rule);
+    }
+}
+
+#[test]
+fn one_token_that_is_left_is_chosen() {
+    // In the first and the last of the ids, and between.
+    for (vocab_size, left) in [(5000, 0), (5000, 4999), (5000, 2048), (1, 0)] {
+        let mut models = random_logits(1, 1, vocab_size, 3);
+        models[0][0]
+            .iter_mut()
+            .enumerate()
+            .filter(|&(id, _)| id != left)
+            .for_each(|(_, x)| *x = f32::NEG_INFINITY);
+        let mut asks = usual_asks(vocab_size);
+        asks.iter_mut().for_each(|ask| ask.banned.clear());
+        assert_chosen_alike(&models, &asks, &FusionRule::Large);
+    }
+}
+
+#[test]
+fn more_tokens_than_there_is_room_for() {
+    // Flat distributions, of which 4096 tokens are a part: they are looked at in the row itself.
+    let vocab_size = 9001;
+    let mut models = random_logits(1, 2, vocab_size, 12);
+    // In slot 1 all tie.
+    models[0][1].fill(1.5);
+    let flat = SamplingParams { temperature: 20.0, ..SamplingParams::default() };
+    let cases = [
+        SamplingParams { top_p: 0.9, ..flat.clone() },
+        SamplingParams { top_p: 0.25, ..flat.clone() },
+        SamplingParams { top_k: 5000, ..flat.clone() },
+        SamplingParams { top_k: 60, ..flat.clone() },
+        SamplingParams { top_k: 5000, top_p: 0.7, min_p: 0.9, ..flat.clone() },
+        SamplingParams { top_k: usize::MAX, top_p: 0.6, ..flat.clone() },
+        SamplingParams { min_p: 1e-6, ..flat.clone() },
+        flat,
+    ];
+    // Each of them in both slots.
+    let ask = |seed: usize| Ask {
+        params: SamplingParams { seed: seed as u64, ..cases[seed / 2 % cases.len()].clone() },
+        ..Ask::default()
+    };
+    let asks: Vec<Ask> = (0..6 * cases.len()).map(ask).collect();
+    assert_chosen_alike(&models, &asks, &FusionRule::Large);
+}
+
+/// What the best of each chunk doesn't show: the tokens that share probability stand beside each other. Slot 0 has one token at
+/// the top and 127 beside it that only together weigh something, slot 1 two such chunks, slot 2 whole chunks that tie.
+fn crowded_logits(vocab_size: usize) -> Vec<Vec<Vec<f32>>> {
+    let mut models = random_logits(1, 3, vocab_size, 31);
+    let crowd = |row: &mut [f32], chunk: usize, top: f32, rest: f32| {
+        row[chunk * 128..][..128].iter_mut().enumerate().for_each(|(i, x)| *x = rest - 0.01 * i as f32);
+        row[chunk * 128 + 77] = top;
+    };
+    models[0].iter_mut().flatten().for_each(|x| *x -= 30.0);
+    crowd(&mut models[0][0], 9, 10.0, 4.0);
+    crowd(&mut models[0][1], 3, 10.0, 6.5);
+    crowd(&mut models[0][1], 15, 9.0, 2.5);
+    models[0][2][128 * 5..128 * 13].fill(10.0);
+    models
+}
+
+#[test]
+fn likely_tokens_that_stand_together() {
+    let models = crowded_logits(9001);
+    let ask = |seed: usize| {
+        let mut params = SamplingParams { temperature: 1.0, seed: seed as u64, ..SamplingParams::default() };
+        match seed / 3 % 4 {
+            0 => params.top_p = 0.3 + 0.01 * (seed % 70) as f32,
+            1 => params.top_k = 2 + 3 * seed,
+            2 => (params.top_p, params.min_p) = (0.97, 0.002),
+            _ => (params.top_k, params.top_p) = (200, 0.8),
+        }
+        Ask { params, ..Ask::default() }
+    };
+    let asks: Vec<Ask> = (0..180).map(ask).collect();
+    assert_chosen_alike(&models, &asks, &FusionRule::Large);
+}
+
 #[test]
 fn what_is_kept_is_drawn_and_nothing_else() {
     // Ids 0 … 9 have the probabilities 2⁻¹, 2⁻², …: top-k, top-p and min-p each leave out what they should.
@@ -253,11 +361,14 @@ fn decided(
 fn a_change_to_sampling_is_noticed() {
     let mode = crate::fusion::SearchMode::Refine;
     let rule = FusionRule::Dynamic(DynamicRule { mode, ..DynamicRule::default() });
-    const VOCAB_SIZE: usize = 1100;
-    let mut models = random_logits(2, 3, VOCAB_SIZE, 8);
-    // In slot 0 many tie, in slot 2 nothing is left.
+    // More than a slice.
+    const VOCAB_SIZE: usize = 2100;
+    let mut models = random_logits(2, 4, VOCAB_SIZE, 8);
+    // In slot 0 many tie, in slot 2 nothing is left, in slot 3 likely tokens stand together.
     models.iter_mut().for_each(|model| model[0].iter_mut().for_each(|x| *x = (*x / 4.0).round() * 4.0));
     models[0][2].fill(f32::NEG_INFINITY);
+    let crowded = crowded_logits(VOCAB_SIZE);
+    models.iter_mut().for_each(|model| model[3].clone_from(&crowded[0][0]));
     let flat = SamplingParams { temperature: 30.0, ..SamplingParams::default() };
     let mut uniform = Uniform(5);
     let mut tokens = || -> Vec<u32> {
@@ -303,6 +414,20 @@ fn a_change_to_sampling_is_noticed() {
             choice: ask.choice(),
         })
         .collect();
+    // And some whose border lies below the best of all chunks; with nothing left out; and with the best in any chunk.
+    let low = |seed| SamplingParams { temperature: 1.0, top_p: 0.9, seed, ..greedy() };
+    let any = |seed| SamplingParams { presence_penalty: 0.1, seed, ..flat.clone() };
+    let best = |id| SamplingParams { logit_bias: vec![(id, 60.0)], ..greedy() };
+    let last = VOCAB_SIZE as u32 - 1;
+    let more = (0..4).map(low).chain((0..12).map(any)).chain([0, 129, 300, 640, 1990, 2048, last].map(best));
+    let more: Vec<Ask> = more.map(|params| Ask { params, ..Ask::default() }).collect();
+    rows.extend(more.iter().enumerate().map(|(step, ask)| FuseRow {
+        slot: if ask.params.logit_bias.is_empty() { 3 } else { 1 },
+        step,
+        rule: &rule,
+        held: None,
+        choice: ask.choice(),
+    }));
     // And some that the refined search alone decides.
     let drawn = Ask { params: SamplingParams { temperature: 1.0, ..greedy() }, ..Ask::default() };
     let refined = |step| FuseRow { slot: step % 3, step, rule: &rule, held: None, choice: drawn.choice() };
@@ -312,15 +437,28 @@ fn a_change_to_sampling_is_noticed() {
 
     let mut changes: Vec<(&str, &str, u64)> = Vec::new();
     for (kernel, find, count) in [
-        // The seventh keeps the two walks for a maximum apart, and comes before the first of them, too.
-        ("sample", "bar.sync", 0..6),
-        ("sample", "bar.sync", 7..64),
-        ("sample", "shfl.sync", 0..64),
-        // Three sums in halves: of ones, whose upper half is nothing; of weights, and of those that tie, whose lower half
-        // is a millionth.
-        ("sample", "redux.sync", 1..3),
-        ("sample", "redux.sync", 4..5),
-        ("sample", "atom.global", 0..8),
+        ("sample", "bar.sync", 0..64),
+        ("sample", "membar", 0..2),
+        // Not those of the first look at top-k, which only spares work, nor the digit that all ids share. The largest and the
+        // lowest of a warp, and the upper halves of sums of weights, or the lower ones of counts: the others are nothing, or a
+        // millionth.
+        ("sample", "redux.sync", 0..3),
+        ("sample", "redux.sync", 4..6),
+        ("sample", "redux.sync", 8..9),
+        ("sample", "redux.sync", 11..13),
+        ("sample", "redux.sync", 16..17),
+        // What the tokens in shared memory weigh only spares work, too.
+        ("sample", "atom", 0..3),
+        ("sample", "atom", 4..6),
+        ("sample", "atom", 7..9),
+        ("sample", "atom", 10..11),
+        // The best of chunks, of which there are two lanes' halves, and of what they drew; the first of the digits' sums.
+        ("sample", "shfl.sync", 0..20),
+        ("sample", "shfl.sync", 33..35),
+        ("sample", "shfl.sync", 46..48),
+        ("sample", "shfl.sync", 60..71),
+        ("sample", "shfl.sync", 74..76),
+        ("sample", "shfl.sync", 87..97),
         // The refined search's: tests/cuda_mutations.rs has the others.
         ("fuse_2", "bar.sync", 7..16),
     ] {
@@ -334,7 +472,7 @@ fn a_change_to_sampling_is_noticed() {
             survived.push(format!("{kernel}: {find} {nth}"));
         }
     }
-    for (name, at) in [("vocab_stride", 56), ("vocab_size", 60), ("small_model", 64), ("first_expert", 68)] {
+    for (name, at) in [("vocab_stride", 64), ("vocab_size", 68), ("small_model", 72), ("first_expert", 76)] {
         all += 1;
         if decided(&models, &rows, |device| device.nudge("sample", at)).1 == expected {
             survived.push(format!("sample: {name}"));
