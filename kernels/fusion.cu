@@ -18,7 +18,7 @@
 //         candidate, and resets the ticket, so that a graph can replay the launch.
 //         Where the minimum between candidates is sought, it follows from the same sums; the last block then reads the
 //         row again, from the L2 cache, for what belongs to that α.
-// bytes   (2 + experts) · vocab_size · 4 a row, and the partial states twice: slices · lanes · 24
+// bytes   (2 + experts) · vocab_size · 4 a row, and the partial states twice: slices · lanes · 16, or 24 where fusion draws
 // bound   latency: at 32000 tokens the logits lie in the L2 cache, and the walk is a few thousand instructions a warp
 // needs   vocab_stride ≥ vocab_size; lanes ≤ 32 · ROUNDS; tickets zero before the first launch
 #include "noise.cuh"
@@ -31,18 +31,21 @@ constexpr u32 COMBINED = MAX_EXPERTS;   // the direction Σ c_t D_t
 constexpr u32 NO_DIRECTION = COMBINED + 1;
 constexpr u64 ALL_FINITE = ~0ull;
 
-struct alignas(8) Partial {
+struct Partial {
     float m, s, u;
     u32 best;      // argmax x, the lowest id where several tie
     float key;     // max x / τ + g
     u32 drawn;     // its argmax
 };
 
+__device__ Partial nothing() { return {-INFINITE, 0, 0, 0, -INFINITE, 0}; }
+
 struct FuseArgs {
     const float* const* models;  // (model_count,): where the logits of each lie, (slots, vocab_stride)
     const FuseRow* rows;     // (rows,)
     const FuseLane* lanes;
-    Partial* partial;        // (rows, slices, lane_stride)
+    uint4* partial;          // (rows, slices, lane_stride): m, s, u, best
+    uint2* drawn;            // the same: key, drawn; of rows that fusion draws for
     u32* tickets;            // (rows,)
     u64* not_finite;         // (rows,): ALL_FINITE between launches
     FuseResult* results;     // (rows,)
@@ -57,10 +60,18 @@ struct FuseArgs {
 };
 
 // What another block wrote: past the first-level cache.
-__device__ Partial read(const Partial* from) {
-    const uint2* x = reinterpret_cast<const uint2*>(from);
-    const uint2 a = __ldcg(x), b = __ldcg(x + 1), c = __ldcg(x + 2);
-    return {__uint_as_float(a.x), __uint_as_float(a.y), __uint_as_float(b.x), b.y, __uint_as_float(c.x), c.y};
+__device__ Partial read(const FuseArgs& args, u64 at, bool draws) {
+    const uint4 sums = __ldcg(args.partial + at);
+    Partial part = {__uint_as_float(sums.x), __uint_as_float(sums.y), __uint_as_float(sums.z), sums.w, -INFINITE, 0};
+    if (!draws) return part;
+    const uint2 drawn = __ldcg(args.drawn + at);
+    part.key = __uint_as_float(drawn.x), part.drawn = drawn.y;
+    return part;
+}
+
+__device__ void write(const FuseArgs& args, u64 at, bool draws, const Partial& part) {
+    args.partial[at] = {__float_as_uint(part.m), __float_as_uint(part.s), __float_as_uint(part.u), part.best};
+    if (draws) args.drawn[at] = {__float_as_uint(part.key), part.drawn};
 }
 
 // Both parts together; the lower id where two tie.
@@ -152,6 +163,40 @@ __device__ void read(const float* from, float (&x)[AT_ONCE]) {
     }
 }
 
+// Adds tokens that are `step` apart from `first` on: x, with d as the weight.
+template <u32 COUNT>
+__device__ void add(Partial& state, const float (&x)[COUNT], const float (&d)[COUNT], u32 first, u32 step) {
+    float top = -INFINITE;
+#pragma unroll
+    for (u32 i = 0; i < COUNT; i++) top = fmaxf(top, x[i]);
+    if (top > state.m) {
+        // Where nothing was summed yet, the factor is exp(−∞) = 0.
+        const float factor = expf(state.m - top);
+        state.s *= factor, state.u *= factor, state.m = top;
+#pragma unroll
+        for (u32 i = COUNT; i-- > 0;) {
+            if (x[i] == top) state.best = first + i * step;
+        }
+    }
+    if (state.m == -INFINITE) return;
+#pragma unroll
+    for (u32 i = 0; i < COUNT; i++) {
+        const float e = expf(x[i] - state.m);
+        state.s += e;
+        state.u = fmaf(e, d[i], state.u);
+    }
+}
+
+// Draws among them, too.
+template <u32 COUNT>
+__device__ void draw(Partial& state, const float (&x)[COUNT], const float (&noise)[COUNT], float scale, u32 first, u32 step) {
+#pragma unroll
+    for (u32 i = 0; i < COUNT; i++) {
+        const float key = fmaf(x[i], scale, noise[i]);
+        if (key > state.key) state.key = key, state.drawn = first + i * step;
+    }
+}
+
 // One lane's walk over a tile that begins at token `first`.
 __device__ void walk(const FuseRow& row, const Tile& tile, const FuseLane& lane, u32 first, Partial& state) {
     const float* base = tile.base(lane.base);
@@ -160,36 +205,17 @@ __device__ void walk(const FuseRow& row, const Tile& tile, const FuseLane& lane,
                                                              : tile.difference(lane.direction);
 #pragma unroll 1
     for (u32 at = 0; at < WARP; at += AT_ONCE) {
-        float x[AT_ONCE], d[AT_ONCE], top = -INFINITE;
+        float x[AT_ONCE], d[AT_ONCE];
         read(base + at, x);
         read(difference + at, d);
 #pragma unroll
-        for (u32 i = 0; i < AT_ONCE; i++) x[i] = fmaf(lane.alpha, d[i], x[i]), top = fmaxf(top, x[i]);
+        for (u32 i = 0; i < AT_ONCE; i++) x[i] = fmaf(lane.alpha, d[i], x[i]);
         if (row.scale > 0) {
             float noise[AT_ONCE];
             read(tile.noise() + at, noise);
-#pragma unroll
-            for (u32 i = 0; i < AT_ONCE; i++) {
-                const float key = fmaf(x[i], row.scale, noise[i]);
-                if (key > state.key) state.key = key, state.drawn = first + at + i;
-            }
+            draw(state, x, noise, row.scale, first + at, 1);
         }
-        if (top > state.m) {
-            // Where nothing was summed yet, the factor is exp(−∞) = 0.
-            const float factor = expf(state.m - top);
-            state.s *= factor, state.u *= factor, state.m = top;
-#pragma unroll
-            for (u32 i = AT_ONCE; i-- > 0;) {
-                if (x[i] == top) state.best = first + at + i;
-            }
-        }
-        if (state.m == -INFINITE) continue;
-#pragma unroll
-        for (u32 i = 0; i < AT_ONCE; i++) {
-            const float e = expf(x[i] - state.m);
-            state.s += e;
-            state.u = fmaf(e, d[i], state.u);
-        }
+        add(state, x, d, first + at, 1);
     }
 }
 
@@ -237,7 +263,7 @@ __device__ void settle(const FuseRow& row, FuseResult& result, const Merged& cho
 __device__ float weight_of(float x, float top) { return x > -INFINITE ? expf(x - top) : 0; }
 
 // The slices of a lane together: eight neighbouring threads take turns at them, and all have the result.
-__device__ Merged merge_slices(const Partial* part, u32 slices, u32 stride, float alpha) {
+__device__ Merged merge_slices(const FuseArgs& args, u64 at, u32 slices, bool draws, float alpha) {
     constexpr u32 BATCH = 8;  // slices of a thread that are on their way at once
     float top = -INFINITE, key = -INFINITE;
     u32 best = 0, drawn = 0;
@@ -247,8 +273,8 @@ __device__ Merged merge_slices(const Partial* part, u32 slices, u32 stride, floa
         Partial parts[BATCH];
 #pragma unroll
         for (u32 i = 0; i < BATCH; i++) {
-            parts[i] = {-INFINITE, 0, 0, 0, -INFINITE, 0};
-            if (first + i * PARTS < slices) parts[i] = read(part + (first + i * PARTS) * stride);
+            parts[i] = nothing();
+            if (first + i * PARTS < slices) parts[i] = read(args, at + (first + i * PARTS) * args.lane_stride, draws);
         }
         const float before = top;
         // Slices come in order of their tokens: where two tie, the first has the lower id.
@@ -356,21 +382,42 @@ __device__ Partial exchange(const Partial& own, u32 distance) {
 __device__ Partial measure(
     const FuseArgs& args, const FuseRow& row, const float* const* models, u32 expert, float alpha, Partial* of_warps
 ) {
-    Partial state = {-INFINITE, 0, 0, 0, -INFINITE, 0};
-    const u64 first = u64(row.slot) * args.vocab_stride;
-    for (u32 token = threadIdx.x; token < args.vocab_size; token += blockDim.x) {
-        const float large = models[row.base_model][first + token], small = models[args.small_model][first + token];
-        bool excluded = large == -INFINITE || small == -INFINITE;
-        float d = 0;
+    constexpr u32 STEP = WARPS * WARP, COUNT = 4;
+    Partial state = nothing();
+    for (u32 first = threadIdx.x; first < args.vocab_size; first += COUNT * STEP) {
+        float x[COUNT], d[COUNT];
+        bool excluded[COUNT];
+        const auto load = [&](u32 model, float (&to)[COUNT]) {
+            const float* from = models[model] + u64(row.slot) * args.vocab_stride;
+#pragma unroll
+            for (u32 i = 0; i < COUNT; i++) {
+                to[i] = first + i * STEP < args.vocab_size ? __ldg(from + first + i * STEP) : -INFINITE;
+            }
+#pragma unroll
+            for (u32 i = 0; i < COUNT; i++) excluded[i] |= to[i] == -INFINITE;
+        };
+        float small[COUNT], logits[COUNT];
+#pragma unroll
+        for (u32 i = 0; i < COUNT; i++) excluded[i] = false;
+        load(row.base_model, x);
+        load(args.small_model, small);
         for (u32 t = 0; t < row.experts; t++) {
-            const float logit = models[args.first_expert + t][first + token];
-            excluded |= logit == -INFINITE;
-            if (t == expert) d = logit - small;
+            load(args.first_expert + t, logits);
+#pragma unroll
+            for (u32 i = 0; i < COUNT; i++) d[i] = t == expert ? logits[i] - small[i] : d[i];
         }
-        if (excluded) continue;
-        const float x = fmaf(alpha, d, large);
-        const float key = row.scale > 0 ? fmaf(x, row.scale, gumbel(philox(row, token))) : x;
-        merge(state, {x, 1, d, token, key, token});
+#pragma unroll
+        for (u32 i = 0; i < COUNT; i++) {
+            d[i] = excluded[i] ? 0 : d[i];
+            x[i] = excluded[i] ? -INFINITE : fmaf(alpha, d[i], x[i]);
+        }
+        if (row.scale > 0) {
+            float noise[COUNT];
+#pragma unroll
+            for (u32 i = 0; i < COUNT; i++) noise[i] = gumbel(philox(row, first + i * STEP));
+            draw(state, x, noise, row.scale, first, STEP);
+        }
+        add(state, x, d, first, STEP);
     }
     for (u32 distance = WARP / 2; distance > 0; distance /= 2) merge(state, exchange(state, distance));
     if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = state;
@@ -382,35 +429,82 @@ __device__ Partial measure(
 
 // Moves the α of a row that is decided to the minimum between the candidates, from their sums, and takes the row's numbers
 // from there: a second look at the row, by its last block. Where the sums there aren't those that were foretold, the
-// minimum is sought once more between it and its neighbours.
+// minimum is sought once more between it and its neighbours; then the other cell may be looked into.
 __device__ void refine_row(
     const FuseArgs& args, const FuseRow& row, const FuseLayout& layout, const float* const* models, const Merged* lanes,
     FuseResult& result
 ) {
     __shared__ double asked;  // the α whose sums are wanted, or infinity: no more are
+    __shared__ Valley valleys[2];  // below the best candidate and above
     __shared__ Partial of_warps[WARPS];
     const Merged& base = lanes[layout.track[result.track]];
-    const u32 last = layout.candidates[result.track] - 1, best = result.candidate;
-    const auto knot_of = [&](double alpha, const Merged& lane) { return Knot{alpha, lane.log_sum - base.log_sum, lane.mean}; };
+    const u32 end = layout.candidates[result.track];
+    const auto knot_of = [&](double alpha, const Merged& lane) {
+        // Both lanes are the same at 0, and are summed apart.
+        return Knot{alpha, alpha == 0 ? 0 : lane.log_sum - base.log_sum, lane.mean};
+    };
     const auto candidate = [&](u32 k) { return knot_of((&base)[1 + k].alpha, (&base)[1 + k]); };
     const auto forward = [&](const Knot& knot) { return knot.alpha * knot.slope - knot.a; };
     const auto reverse = [&](const Knot& knot) { return knot.a - knot.alpha * base.mean; };
     const auto loss = [&](const Knot& knot) { return loss_of(row, result, forward(knot), reverse(knot)); };
-    // Only the first warp's.
-    Bracket bracket = {candidate(max(best, 1u) - 1), candidate(best), candidate(min(best + 1, last))};
-    Knot foretold = bracket.middle;
-    double least = double(INFINITE), alpha = 0;
-    bool settled = false;
+    // What A may be off by because x is rounded, however large it is: the CPU rounds only what is near the largest.
+    const auto of_x = [&](const Knot& knot) {
+        return EPSILON * (fabs(knot.a + base.log_sum) + fabs(knot.alpha * knot.slope));
+    };
+    // Whether the divergences are the same, but for `rounding` relative to 1 + both, and for that of x.
+    const auto is_as = [&](const Knot& one, const Knot& two, u32 objective, double rounding) {
+        const auto size = [&](const Knot& knot) {
+            return rounding * (1 + fabs(forward(knot)) + fabs(reverse(knot))) + of_x(knot);
+        };
+        const double near = fmax(size(one), size(two));
+        return (objective == 2 || fabs(forward(one) - forward(two)) <= near) &&
+               (objective == 1 || fabs(reverse(one) - reverse(two)) <= near);
+    };
+    // Only the first warp's: the cells that the halves of the warp look into, and the valley that is gone into.
+    const u32 half = threadIdx.x / HALF;
+    const bool leads = threadIdx.x % HALF == 0;
+    Knot left = candidate(result.candidate), right = left;
+    u32 active = 0;
+    bool seeks = true, other = true;
+    double least = result.loss, at = double(INFINITE);
+    // Ten times the rounding of A, as on the CPU.
+    const double shaped = LEAST_SHAPED + 10 * of_x(left);
+    if (threadIdx.x < WARP) {
+        // While one token has all probability a divergence doesn't move, and rounding decides which of those candidates is
+        // the best. Where it passes its target is next to the first or the last of them.
+        u32 first = result.candidate, last = first;
+        const Knot best = left;
+        const auto tied = [&](u32 k) { return is_as(candidate(k), best, row.objective, TIED); };
+        while (first > 0 && tied(first - 1)) first--;
+        while (last + 1 < end && tied(last + 1)) last++;
+        left = candidate(half == 0 ? max(first, 1u) - 1 : last), right = candidate(half == 0 ? first : min(last + 1, end - 1));
+    }
 #pragma unroll 1
     for (u32 round = 0; round <= MOST_ROUNDS; round++) {
         if (threadIdx.x < WARP) {
-            settled |= round == MOST_ROUNDS;
-            if (!settled) foretold = refine(bracket, loss);
-            settled |= round > 0 && fabs(foretold.alpha - alpha) <= NEAR;
-            if (threadIdx.x == 0) asked = settled ? double(INFINITE) : foretold.alpha;
+            if (seeks) {
+                Bottom bottom = foretell(left, right, shaped, loss);
+                const double there = __shfl_xor_sync(ALL_LANES, bottom.loss, HALF);
+                if (round == 0) {
+                    if (leads) valleys[half] = {{left, loss(right) < loss(left) ? right : left, right}, bottom};
+                } else if (leads && (half == 0 ? bottom.loss <= there : bottom.loss < there)) {
+                    bottom.unknown &= fabs(bottom.knot.alpha - at) > NEAR;
+                    valleys[active].bottom = bottom;
+                }
+                __syncwarp();
+            }
+            const Bottom &lower = valleys[0].bottom, &upper = valleys[1].bottom;
+            if (round == 0) active = upper.unknown && (!lower.unknown || upper.loss < lower.loss);
+            bool goes_on = valleys[active].bottom.unknown;
+            if (!goes_on && other) {
+                // The other valley may be the deeper one.
+                other = false, active = 1 - active;
+                goes_on = valleys[active].bottom.unknown && valleys[active].bottom.loss < SECOND * least;
+            }
+            if (threadIdx.x == 0) asked = goes_on && round < MOST_ROUNDS ? valleys[active].bottom.knot.alpha : double(INFINITE);
         }
         __syncthreads();
-        const double at = asked;
+        at = asked;
         if (at == double(INFINITE)) break;
         const Partial state = measure(args, row, models, result.track, float(at), of_warps);
         if (threadIdx.x >= WARP) continue;
@@ -418,14 +512,19 @@ __device__ void refine_row(
             double(state.m) + log(double(state.s)), double(state.u) / double(state.s), state.best, state.drawn, float(at), 0,
         };
         const Knot found = knot_of(at, sums);
-        const double found_forward = forward(found), found_reverse = reverse(found), found_loss = loss(found);
-        const double near = ROUNDING * (1 + fabs(found_forward) + fabs(found_reverse));
-        settled = fabs(found_forward - forward(foretold)) <= near && fabs(found_reverse - reverse(foretold)) <= near;
-        bracket = narrow(bracket, found, found_loss < loss(bracket.middle));
+        const double found_loss = loss(found);
+        Valley& valley = valleys[active];
+        seeks = !is_as(found, valley.bottom.knot, 0, ROUNDING);
+        const bool better = found_loss < loss(valley.bracket.middle);
+        __syncwarp();
+        if (threadIdx.x == 0) valley.bracket.add(found, better), valley.bottom.unknown = false;
+        __syncwarp();
+        left = half == 0 ? valley.bracket.left : valley.bracket.middle;
+        right = half == 0 ? valley.bracket.middle : valley.bracket.right;
         if (!(found_loss < least)) continue;
-        least = found_loss, alpha = at;
+        least = found_loss;
         if (threadIdx.x == 0) {
-            result.forward = found_forward, result.reverse = found_reverse, result.loss = found_loss;
+            result.forward = forward(found), result.reverse = reverse(found), result.loss = found_loss;
             result.alpha[result.track] = at;
             settle(row, result, sums);
         }
@@ -455,12 +554,11 @@ __device__ void fuse(const FuseArgs& args) {
     Logits next = fetch(args, row, models, begin + lane);
     copy(lanes, args.lanes + row.first_lane + layout.first, layout.lanes * sizeof(FuseLane));
     __syncthreads();
-    const Partial nothing = {-INFINITE, 0, 0, 0, -INFINITE, 0};
     if (args.stamps && slice == 0 && threadIdx.x == 0) args.results[row_index].joined = now();
 
     Partial states[ROUNDS];
 #pragma unroll
-    for (u32 r = 0; r < ROUNDS; r++) states[r] = nothing;
+    for (u32 r = 0; r < ROUNDS; r++) states[r] = nothing();
     const Tile tile = {reinterpret_cast<float*>(memory) + warp * Tile::size(row.experts), row.experts};
     for (u32 first = begin; first < end; first += WARPS * WARP) {
         __syncwarp();
@@ -481,11 +579,12 @@ __device__ void fuse(const FuseArgs& args) {
         if (index < layout.lanes) of_warps[warp * layout.lanes + index] = states[r];
     }
     __syncthreads();
-    Partial* of_slices = args.partial + u64(row_index) * slices * args.lane_stride;
+    const u64 of_row = u64(row_index) * slices * args.lane_stride;
+    const bool draws = row.scale > 0;
     for (u32 index = threadIdx.x; index < layout.lanes; index += blockDim.x) {
         Partial sum = of_warps[index];
         for (u32 w = 1; w < WARPS; w++) merge(sum, of_warps[w * layout.lanes + index]);
-        of_slices[slice * args.lane_stride + index] = sum;
+        write(args, of_row + slice * args.lane_stride + index, draws, sum);
     }
     // The barrier brings the block's states to thread 0, whose fence brings them to the other blocks; the last block
     // takes the same way back.
@@ -501,7 +600,7 @@ __device__ void fuse(const FuseArgs& args) {
     Merged* merged = reinterpret_cast<Merged*>(memory);
     for (u32 first = 0; first < layout.lanes; first += WARPS * WARP / PARTS) {
         const u32 index = first + threadIdx.x / PARTS, there = min(index, layout.lanes - 1);
-        const Merged lane = merge_slices(of_slices + there, slices, args.lane_stride, lanes[there].alpha);
+        const Merged lane = merge_slices(args, of_row + there, slices, draws, lanes[there].alpha);
         if (index < layout.lanes && threadIdx.x % PARTS == 0) merged[index] = lane;
     }
     __syncthreads();

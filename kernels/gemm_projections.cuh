@@ -4,7 +4,7 @@
 //        over one of `ranges` ranges of the columns: as many as bring a launch of few such tiles to 128 blocks
 // shared 48 KiB: three steps of 64 bytes of columns, afterwards the sums
 // bytes  a row of blocks reads the weights once, and a column of blocks x: what they share comes from the L2 cache; with
-//        several ranges their sums, 512 bytes a row and block, written and read once
+//        several ranges their sums, 512 bytes a row (eight rows at least) and block, written and read once
 // bound  tensor cores: 4 · n · cols · rows operations, twice those of one product; three times in f32
 // needs  x as split_rows writes it; rows of W 16-byte aligned, zero between cols and stride; with several ranges
 //        `progress` zero, and it is so again afterwards

@@ -4,10 +4,12 @@
 
 #include "common.cuh"
 
-// What f32 sums may be off by, relative to 1 + both divergences; by how much an α that is near enough may move; sums over a
-// row at most.
-constexpr double ROUNDING = 2e-6, NEAR = 1e-3;
-constexpr u32 MOST_ROUNDS = 4;
+// The numbers of src/fusion/refine.rs: how far divergences may be from what was foretold, and those of candidates that tie from
+// each other, relative to 1 + both; by how much an α that was summed may be off; what is one α; how much less deep than the least
+// a second valley may be foretold; sums over a row at most.
+constexpr double ROUNDING = 2e-6, TIED = 2e-7, NEAR = 1e-3, SAME = 1e-6, SECOND = 2;
+constexpr double EPSILON = 1.2e-7;  // of f32
+constexpr u32 MOST_ROUNDS = 6;
 
 // A and A′ at one α.
 struct Knot {
@@ -22,6 +24,7 @@ struct Cell {
 };
 
 constexpr double LEAST = 2.2250738585072014e-308;
+constexpr double LEAST_GROWTH = 1e-12, LEAST_SHAPED = 2e-6;
 constexpr u32 HALF = WARP / 2;  // lanes that share a cell
 
 __device__ inline double log_of_ratio(double s, double ratio) { return log(fmax(s + ratio, LEAST) / (1 + ratio)); }
@@ -37,17 +40,19 @@ __device__ inline double excess_of(double growth, double x, double& gap, double&
 }
 
 // The cell between neighbours, one for each half of a warp: its sixteen lanes look at as many places of ln x at once.
-__device__ inline Cell between(const Knot& left, const Knot& right) {
+// Where the slope grows by less than `shaped`, rounding hides how.
+__device__ inline Cell between(const Knot& left, const Knot& right, double shaped) {
     const u32 lane = threadIdx.x % WARP, half = lane / HALF, place = lane % HALF;
     const double width = right.alpha - left.alpha;
-    const double excess = right.a - left.a - width * (left.slope + right.slope) / 2;
-    const bool early = excess >= 0;
-    const double growth = fmax((right.slope - left.slope) * width, 1e-12);
+    const double above = right.a - left.a - width * (left.slope + right.slope) / 2;
+    const bool early = above >= 0;
+    const double growth = fmax((right.slope - left.slope) * width, LEAST_GROWTH);
+    const double excess = growth < shaped ? 0 : fabs(above);
     double low = -1.31 - growth / 2, high = 20 + fmax(log(2 / sqrt(growth)), 0.0), gap, ratio;
     // 17¹⁰ is more than the 2⁴⁰ of the CPU's halvings.
     for (u32 round = 0; round < 10; round++) {
         const double part = (high - low) / (HALF + 1);
-        const bool enough = excess_of(growth, exp(low + part * (place + 1)), gap, ratio) >= fabs(excess);
+        const bool enough = excess_of(growth, exp(low + part * (place + 1)), gap, ratio) >= excess;
         const u32 votes = __ballot_sync(ALL_LANES, enough) >> (half * HALF) & ((1u << HALF) - 1);
         const u32 first = votes ? __ffs(votes) - 1 : HALF;
         if (first < HALF) high = low + part * (first + 1);
@@ -58,52 +63,74 @@ __device__ inline Cell between(const Knot& left, const Knot& right) {
     return {early ? left.alpha : right.alpha, step, early ? left.a : right.a, step * slope + gap / (1 + ratio), gap, ratio};
 }
 
-// The best of what was summed, and its neighbours; one that there isn't is the best itself.
+// The better of two that were summed, or the best of three, and its neighbours; one that there isn't is the best itself.
 struct Bracket {
     Knot left, middle, right;
+
+    // With what was summed at another α between the neighbours.
+    __device__ void add(const Knot& found, bool better) {
+        const Knot outer = better ? middle : found;
+        if (better) middle = found;
+        if (outer.alpha < middle.alpha) left = outer;
+        if (outer.alpha > middle.alpha) right = outer;
+    }
 };
 
-// One of two, number by number, so that they stay in registers.
-__device__ inline Knot pick(bool first, Knot a, Knot b) {
-    return {first ? a.alpha : b.alpha, first ? a.a : b.a, first ? a.slope : b.slope};
-}
+// A minimum that is foretold, unless it is known: at an end of a cell.
+struct Bottom {
+    Knot knot;
+    double loss;
+    bool unknown;
+};
 
-// With what was summed at another α between the neighbours.
-__device__ inline Bracket narrow(Bracket old, Knot found, bool better) {
-    const Knot middle = pick(better, found, old.middle), outer = pick(better, old.middle, found);
-    return {pick(outer.alpha < middle.alpha, outer, old.left), middle, pick(outer.alpha > middle.alpha, outer, old.right)};
-}
+struct Valley {
+    Bracket bracket;
+    Bottom bottom;
+};
 
-// The least loss(knot) in the two cells, the lower cell's where both are equal, and what A and A′ should be there. All
-// lanes of a warp together, each gets it.
+// The least loss(knot) in the cell of each half of a warp; the lowest t where several are. Half of the samples lie evenly,
+// half a fraction 1 / gap apart around the bend.
 template <typename Loss>
-__device__ Knot refine(Bracket bracket, Loss loss) {
-    const u32 lane = threadIdx.x % WARP, half = lane / HALF, place = lane % HALF;
-    // At an end of the candidates both halves have the one cell.
-    const bool has_left = bracket.left.alpha < bracket.middle.alpha, has_right = bracket.right.alpha > bracket.middle.alpha;
-    const bool lower = has_left && (half == 0 || !has_right);
-    const Cell cell = between(pick(lower, bracket.left, bracket.middle), pick(lower, bracket.middle, bracket.right));
+__device__ Bottom minimise(const Cell& cell, Loss loss) {
+    const u32 place = threadIdx.x % HALF;
     const auto at = [&](double t) {
         const double s = exp(-cell.gap * t);
         const double a = cell.a + cell.top * t + log_of_ratio(s, cell.ratio);
         return Knot{cell.start + t * cell.step, a, (cell.top - cell.gap * s / fmax(s + cell.ratio, LEAST)) / cell.step};
     };
-    double low = 0, high = 1, least = double(INFINITE), least_t = 0;
-    // Each round keeps 2/15 of the bracket: seven leave 4e-7 of a cell.
-    for (u32 round = 0; round < 7; round++) {
+    const double even = double(place) / (HALF - 1), bend = -log(fmax(cell.ratio, LEAST)) / cell.gap;
+    double around = bend + (double(place) - HALF / 2) / cell.gap;
+    if (!(around >= 0 && around <= 1)) around = even;
+    double least = double(INFINITE), least_t = 0, low = 0, high = 1;
+    // After the samples, each round keeps 2/15 of what is between those next to the best one, at most 2/15 of a cell: six leave
+    // 8e-7 of one.
+#pragma unroll 1
+    for (u32 round = 0; round < 8; round++) {
         const double part = (high - low) / (HALF - 1);
-        double value = loss(at(low + part * place));
-        u32 where = place;
+        double t = round == 0 ? even : round == 1 ? around : low + part * place, value = loss(at(t));
         for (u32 distance = HALF / 2; distance > 0; distance /= 2) {
-            const double other = __shfl_xor_sync(ALL_LANES, value, distance);
-            const u32 there = __shfl_xor_sync(ALL_LANES, where, distance);
-            if (other < value || (other == value && there < where)) value = other, where = there;
+            const double other = __shfl_xor_sync(ALL_LANES, value, distance), there = __shfl_xor_sync(ALL_LANES, t, distance);
+            if (other < value || (other == value && there < t)) value = other, t = there;
         }
-        if (value < least) least = value, least_t = low + part * where;
-        high = low + part * min(where + 1, HALF - 1);
-        low += part * (max(where, 1u) - 1);
+        if (value < least || (value == least && t < least_t)) least = value, least_t = t;
+        if (round > 1) low = fmax(low, least_t - part), high = fmin(high, least_t + part);
+        if (round != 1) continue;
+        low = fmax(even < least_t ? even : 0, around < least_t ? around : 0);
+        high = fmin(even > least_t ? even : 1, around > least_t ? around : 1);
+        for (u32 distance = HALF / 2; distance > 0; distance /= 2) {
+            low = fmax(low, __shfl_xor_sync(ALL_LANES, low, distance));
+            high = fmin(high, __shfl_xor_sync(ALL_LANES, high, distance));
+        }
     }
-    const Knot found = at(least_t);
-    const u32 from = __shfl_sync(ALL_LANES, least, HALF) < __shfl_sync(ALL_LANES, least, 0) ? HALF : 0;
-    return {__shfl_sync(ALL_LANES, found.alpha, from), __shfl_sync(ALL_LANES, found.a, from), __shfl_sync(ALL_LANES, found.slope, from)};
+    return {at(least_t), least, true};
+}
+
+// The minimum between two neighbours, for each half of a warp its own. Where they are one, there is none.
+template <typename Loss>
+__device__ Bottom foretell(const Knot& left, const Knot& right, double shaped, Loss loss) {
+    Bottom bottom = minimise(between(left, right, shaped), loss);
+    const double alpha = bottom.knot.alpha;
+    bottom.unknown = alpha - left.alpha > SAME && right.alpha - alpha > SAME;
+    if (left.alpha == right.alpha) bottom.loss = double(INFINITE), bottom.unknown = false;
+    return bottom;
 }

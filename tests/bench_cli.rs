@@ -218,8 +218,8 @@ mod cuda {
             let number = |name: &str| row[name].as_u64().unwrap();
             let (experts, candidates, batch) = (number("experts"), number("candidates"), number("batch"));
             let logits = (2 + experts) * 2000 * 4 * batch;
-            // Three slices of 768 ids; a state of 24 bytes for each candidate, the large model, and twice for the targets.
-            let states = batch * 2 * 3 * experts * (candidates + 3) * 24;
+            // Three slices of 768 ids; a state of 16 bytes for each candidate, the large model, and twice for the targets.
+            let states = batch * 2 * 3 * experts * (candidates + 3) * 16;
             let tensors = 3 * (2 + experts) + experts * (3 + 8) + experts * candidates * 14 + 4;
             let (launches, moved) = match row["search"].as_str().unwrap() {
                 "fused" => (1, logits + states),

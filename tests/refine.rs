@@ -60,8 +60,27 @@ impl Case {
         decisions.remove(0).unwrap()
     }
 
-    /// How far α is off, and what that costs.
-    fn error(&self, found: &Decision) -> Off {
+    /// How far α is off; said aloud where it is too far.
+    fn told(&self, found: &Decision, rounding: f64) -> Off {
+        let off = self.error(found, rounding);
+        if off.told > 1e-2 {
+            println!("{}: {off:?}, {:?}", self.what, found.alpha);
+        }
+        off
+    }
+
+    /// What the largest x = L + α D is made of.
+    fn largest(&self, expert: usize, alpha: f64) -> f64 {
+        let Row { large, small, experts } = &self.row;
+        let parts =
+            |i: usize| (f64::from(large[i]), alpha * (f64::from(experts[expert][i]) - f64::from(small[i])));
+        let sum = |(base, shift): (f64, f64)| base + shift;
+        let top = (0..large.len()).map(parts).max_by(|a, b| sum(*a).total_cmp(&sum(*b)));
+        top.map_or(0.0, |(base, shift)| base.abs() + shift.abs())
+    }
+
+    /// How far α is off, and what that costs. x is rounded by `rounding` relative to its parts.
+    fn error(&self, found: &Decision, rounding: f64) -> Off {
         let exact = ReferenceRow::new(&self.row.logits(), "dynamic", 0).unwrap();
         let (expert, objective) = (found.expert.unwrap(), self.rule.objective);
         let at = |alpha: f64| {
@@ -75,25 +94,24 @@ impl Case {
         let (low, high) = (points[best.saturating_sub(1)], points[(best + 1).min(points.len() - 1)]);
         let (alpha, least) = exact.continuous_search(expert, low, high, objective);
         // Where the loss is flat, f32 sums can't tell one α from another: each KL is off by some δ, which moves a loss by
-        // 2δ Σ|k − t| ≤ 2δ √(2T·loss), and by 2Tδ². 3.5e-6 is the largest that tests/fusion.rs finds.
+        // 2δ Σ|k − t| ≤ 2δ √(2T·loss), and by 2Tδ². 3.5e-6 is the largest that tests/fusion.rs finds. A GPU rounds x, too.
         let targets = 2.0 * self.row.experts.len() as f64;
-        let noise = |(loss, forward, reverse): (f64, f64, f64)| {
-            let delta = 3.5e-6 * (1.0 + forward + reverse);
+        let noise = |alpha: f64| {
+            let (loss, forward, reverse) = at(alpha);
+            let delta = 3.5e-6 * (1.0 + forward + reverse) + rounding * self.largest(expert, alpha);
             2.0 * delta * (targets * loss).sqrt() + targets * delta * delta
         };
         let found = found.alpha[expert];
         let distance = (found - alpha).abs();
-        let off = |told, flat, elsewhere| Off { told, flat, elsewhere };
-        if at(found).0 - least <= noise(at(alpha)) {
-            return off(0.0, distance > 1e-2, false);
+        if at(found).0 - least <= noise(alpha) {
+            return Off { told: 0.0, flat: distance > 1e-2 };
         }
-        // KL(P̃‖P) alone doesn't move while one token has all probability, be it over ten candidates.
-        if !(low..=high).contains(&found) && (at(found).0 - losses[best]).abs() <= noise(at(points[best])) {
-            return off(distance, false, true);
-        }
+        // On either side of α = 0 a KL has each of its values, so that two α may be the best: the nearer one counts.
         let near = |alpha: f64| alpha.clamp(points[0], points[points.len() - 1]);
-        let (bottom, _) = exact.continuous_search(expert, near(found - 0.02), near(found + 0.02), objective);
-        off(distance, false, distance > 1e-2 && (bottom - found).abs() <= 1e-2)
+        let (twin, as_little) =
+            exact.continuous_search(expert, near(found - 1e-2), near(found + 1e-2), objective);
+        let told = if as_little - least <= noise(alpha) { (found - twin).abs() } else { distance };
+        Off { told, flat: false }
     }
 }
 
@@ -104,42 +122,27 @@ struct Off {
     told: f64,
     /// Whether it is far, and f32 can't.
     flat: bool,
-    /// Whether it is far, and α is a minimum too, of a valley that is less deep; or next to a point that ties with the best.
-    elsewhere: bool,
 }
 
 /// Searches the rows of some seeds.
 fn search(seeds: impl IntoIterator<Item = u64>) -> Vec<Off> {
     let mut fuser = Fuser::new();
-    let one = |seed| {
-        let case = Case::new(seed);
-        let found = case.fuse(&mut fuser);
-        let off = case.error(&found);
-        if off.told > 1e-2 {
-            println!("{}: {off:?}, {:?}", case.what, found.alpha);
-        }
-        off
-    };
-    seeds.into_iter().map(one).collect()
+    let one = |case: Case| case.told(&case.fuse(&mut fuser), 0.0);
+    seeds.into_iter().map(Case::new).map(one).collect()
 }
 
 /// Asserts the bounds of `--search refine`.
 fn check(mut rows: Vec<Off>) {
     let (all, flat) = (rows.len(), rows.iter().filter(|row| row.flat).count());
-    rows.retain(|row| !row.elsewhere);
-    let elsewhere = all - rows.len();
     rows.sort_by(|a, b| a.told.total_cmp(&b.told));
-    let at = |part: f64| rows[(part * (rows.len() - 1) as f64) as usize].told;
+    let at = |part: f64| rows[(part * (all - 1) as f64) as usize].told;
     let (ninth, worst) = (at(0.9), at(1.0));
     println!(
-        "{all} rows, {flat} of them flat, {elsewhere} elsewhere; ninth decile {ninth:e}, 99 % {:e}, 99.9 % {:e}, \
-         worst {worst:e}",
+        "{all} rows, {flat} of them flat; ninth decile {ninth:e}, 99 % {:e}, 99.9 % {:e}, worst {worst:e}",
         at(0.99),
         at(0.999)
     );
     assert!(ninth <= 1e-3 && worst <= 1e-2, "ninth decile {ninth:e}, worst {worst:e}");
-    // 11 of 50,000, and two of the first 1500, which are few to go by.
-    assert!(elsewhere <= 2 + all / 2000, "{elsewhere} of {all}");
 }
 
 #[test]
@@ -180,8 +183,8 @@ fn two_bends_in_a_cell() {
         let rule = DynamicRule { mode: SearchMode::Refine, ..DynamicRule::default() };
         let case = Case { row, rule, what: format!("{large:?}") };
         for mut fuser in Fuser::every() {
-            let off = case.error(&case.fuse(&mut fuser));
-            assert!(off.told <= 1e-2 && !off.elsewhere, "{}: {off:?}", case.what);
+            let off = case.error(&case.fuse(&mut fuser), 0.0);
+            assert!(off.told <= 1e-2, "{}: {off:?}", case.what);
         }
     }
 }
@@ -190,4 +193,78 @@ fn two_bends_in_a_cell() {
 #[ignore = "minutes"]
 fn fifty_thousand_rows_of_many_kinds() {
     check(search(0..50_000));
+}
+
+/// Rows in which no single bracket suffices: twins and second valleys across α = 0, ties that end far from the best candidate,
+/// a valley that is a small part of a cell, and slopes that hardly grow.
+const SPECIAL: [u64; 16] = [
+    701, 1113, 2043, 5535, 15350, 16905, 19500, 33377, 34806, 40754, 41322, 41397, 57020, 71100, 78875,
+    109_447,
+];
+
+#[test]
+fn rows_that_need_more_than_a_bracket() {
+    check(search(SPECIAL));
+}
+
+/// The same rows on the virtual GPU, whose kernel has the search once more.
+#[cfg(feature = "cuda")]
+mod cuda {
+    use cudarc::driver::{CudaContext, CudaSlice, DevicePtr};
+    use dlf_engine::backend::cuda::{CudaFusion, DeviceLogits};
+    use dlf_engine::fusion::ModelLogits;
+    use virtual_gpu::host::Driver;
+
+    use super::{Case, Choice, Decision, FuseRow, FusionRule, SPECIAL, check};
+
+    /// As wide as the widest of them; tokens that a row lacks are excluded.
+    const WIDTH: usize = 1500;
+
+    #[test]
+    fn the_same_minimum_on_a_gpu() {
+        let gpu = Driver::load().unwrap().device("a100").unwrap();
+        let mut off = Vec::new();
+        for experts in [1, 2, 4] {
+            let cases = (0..240).chain(SPECIAL).map(Case::new);
+            let cases: Vec<Case> = cases.filter(|case| case.row.experts.len() == experts).collect();
+            assert!(cases.len() > 20);
+            let found = fuse(gpu.ordinal(), experts, &cases);
+            off.extend(
+                cases.iter().zip(found).map(|(case, found)| case.told(&found, f64::from(f32::EPSILON))),
+            );
+        }
+        assert_eq!(gpu.reports(), []);
+        check(off);
+    }
+
+    fn fuse(ordinal: usize, experts: usize, cases: &[Case]) -> Vec<Decision> {
+        let stream = CudaContext::new(ordinal).unwrap().default_stream();
+        let upload = |of: &dyn Fn(&Case) -> &[f32]| {
+            let mut numbers = vec![f32::NEG_INFINITY; cases.len() * WIDTH];
+            for (case, to) in cases.iter().zip(numbers.chunks_mut(WIDTH)) {
+                to[..case.row.large.len()].copy_from_slice(of(case));
+            }
+            stream.clone_htod(&numbers).unwrap()
+        };
+        let large = upload(&|case| &case.row.large);
+        let small = upload(&|case| &case.row.small);
+        let of_experts: Vec<CudaSlice<f32>> =
+            (0..experts).map(|t| upload(&|case| &case.row.experts[t])).collect();
+        let address = |numbers: &CudaSlice<f32>| numbers.device_ptr(&stream).0;
+        let logits = ModelLogits {
+            large: Some(address(&large)),
+            small: Some(address(&small)),
+            experts: of_experts.iter().map(address).collect(),
+        };
+        let shape = DeviceLogits { rows: cases.len(), vocab_size: WIDTH, stride: WIDTH };
+        let mut fusion = CudaFusion::new(ordinal, experts, shape).unwrap();
+        let rules: Vec<FusionRule> =
+            cases.iter().map(|case| FusionRule::Dynamic(case.rule.clone())).collect();
+        let row = |(slot, rule)| FuseRow { slot, step: 0, rule, held: None, choice: Choice::Forced(0) };
+        let rows: Vec<FuseRow<'_>> = rules.iter().enumerate().map(row).collect();
+        let mut found = Vec::new();
+        // SAFETY: the buffers live, with as many rows each; the stream is of the same context.
+        unsafe { fusion.fuse(&logits, stream.cu_stream().cast(), &rows, &mut found) }.unwrap();
+        found.into_iter().map(Result::unwrap).collect()
+    }
 }

@@ -158,8 +158,20 @@ impl Sizes {
     }
 
     fn total(self) -> usize {
-        let Self { hidden, queries, attended, activated, low_rank, split, range_sums, tickets, .. } = self;
-        let Self { partial, state, lists, tables, .. } = self;
+        let Self {
+            hidden,
+            queries,
+            attended,
+            activated,
+            low_rank,
+            split,
+            range_sums,
+            tickets,
+            partial,
+            state,
+            lists,
+            tables,
+        } = self;
         let of_projections =
             hidden + queries + attended + activated + low_rank + split + range_sums + tickets;
         of_projections + partial + state + lists + tables

@@ -480,8 +480,8 @@ impl Group {
             product.ranges = u32_of(tiling.ranges);
             product.progress = self.buffers.tickets.address();
             product.range_sums = self.buffers.range_sums.address();
-            // SAFETY: as below, and `split` has been written for these rows. With several ranges there are no more blocks and
-            // tiles than `range_sums` and `tickets` have room for (see `Tiling::new`); this group's launches use these one
+            // SAFETY: as below, and `split` has been written for these rows. Several ranges need 1024 columns, and then
+            // there are no more blocks and tiles than `range_sums` and `tickets` have room for (`Sizes::new`, `Tiling::new`); this group's launches use these one
             // after the other, and each leaves the tickets at zero.
             return unsafe { self.gpu.launch(&self.stream, kernel, tiling.grid(), &args(product)) };
         }

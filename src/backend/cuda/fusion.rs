@@ -39,10 +39,15 @@ const WARPS: usize = 8;
 /// Threads of a block of the sampler.
 const SAMPLER: u32 = 512;
 
-/// `Partial` in fusion.cu.
+/// The sums of a lane over a slice, as fusion.cu writes them: m, s, u, and the best id.
 #[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
-struct Partial([u32; 6]);
+#[repr(C, align(16))]
+struct Partial([u32; 4]);
+
+/// What was drawn there: the largest key, and its id.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(8))]
+struct Drawn([u32; 2]);
 
 /// `FuseArgs` in fusion.cu.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +57,7 @@ struct FuseArgs {
     rows: u64,
     lanes: u64,
     partial: u64,
+    drawn: u64,
     tickets: u64,
     not_finite: u64,
     results: u64,
@@ -92,6 +98,8 @@ unsafe impl DeviceRepr for DeviceResult {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for Partial {}
 // SAFETY: as above.
+unsafe impl DeviceRepr for Drawn {}
+// SAFETY: as above.
 unsafe impl DeviceRepr for FuseArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for DeviceSample {}
@@ -107,6 +115,8 @@ unsafe impl ValidAsZeroBits for DeviceRow {}
 unsafe impl ValidAsZeroBits for DeviceResult {}
 // SAFETY: as above.
 unsafe impl ValidAsZeroBits for Partial {}
+// SAFETY: as above.
+unsafe impl ValidAsZeroBits for Drawn {}
 // SAFETY: as above.
 unsafe impl ValidAsZeroBits for DeviceSample {}
 // SAFETY: as above.
@@ -144,6 +154,7 @@ pub(crate) struct DeviceFuser {
     rows: Buffer<DeviceRow>,
     lanes: Buffer<Lane>,
     partial: Buffer<Partial>,
+    drawn: Buffer<Drawn>,
     tickets: Buffer<u32>,
     not_finite: Buffer<u64>,
     results: Buffer<DeviceResult>,
@@ -193,6 +204,7 @@ impl DeviceFuser {
             rows: gpu.zeros(stream, capacity, "fusion")?,
             lanes: gpu.zeros(stream, capacity * most_lanes_of_row(experts), "fusion")?,
             partial: gpu.zeros(stream, capacity * slices * lane_stride, "fusion")?,
+            drawn: gpu.zeros(stream, capacity * slices * lane_stride, "fusion")?,
             tickets: gpu.zeros(stream, capacity, "fusion")?,
             not_finite,
             results: gpu.zeros(stream, capacity, "fusion")?,
@@ -342,6 +354,7 @@ impl DeviceFuser {
             rows: self.rows.address(),
             lanes: self.lanes.address(),
             partial: self.partial.address(),
+            drawn: self.drawn.address(),
             tickets: self.tickets.address(),
             not_finite: self.not_finite.address(),
             results: self.results.address(),
@@ -400,7 +413,8 @@ impl DeviceFuser {
     }
 
     /// Bytes of device memory that a launch of this shape reads and writes: each logit once, and the partial states of
-    /// the slices twice. A few hundred bytes a block, which say what it is to do, are left out.
+    /// the slices twice, of rows that fusion doesn't draw for. A few hundred bytes a block, which say what it is to do,
+    /// are left out.
     #[cfg(feature = "cli")]
     pub(super) fn bytes(&self, shape: FuseShape) -> usize {
         let logits = (2 + shape.experts) * self.place.vocab_size * size_of::<f32>();
@@ -436,7 +450,7 @@ fn sampled_slices(place: &LogitsPlace) -> usize {
 /// Dynamic shared memory of a launch: the tiles, or the states of all warps, or the merged lanes.
 fn shared_bytes(experts: usize, lanes: usize) -> usize {
     let tiles = WARPS * (5 + 2 * experts) * TILE_STRIDE * size_of::<f32>();
-    let states = WARPS * lanes * size_of::<Partial>();
+    let states = WARPS * lanes * (size_of::<Partial>() + size_of::<Drawn>());
     let merged = lanes * 32;
     tiles.max(states).max(merged)
 }

@@ -21,7 +21,7 @@ pub(crate) const WIDE_UNITS: usize = 32;
 /// Blocks that a launch on tensor cores is to have, where ranges of columns can make so many of its tiles: about one for each
 /// multiprocessor of an A100 (108), an RTX 4090 (128) or an H100 (132), and the same on all of them, so that sums are, too.
 const WIDE_BLOCKS: usize = 128;
-/// Columns of a range at least: the sums of 64 rows are then a quarter of its weights' bytes in 16 bits.
+/// Columns of a range, about, at least: the sums of 64 rows are then a quarter of its weights' bytes in 16 bits.
 pub(crate) const RANGE_COLUMNS: usize = 512;
 /// Tiles of a launch that has several ranges, at most.
 pub(crate) const MOST_TICKETS: usize = WIDE_BLOCKS / 2;

@@ -159,8 +159,7 @@ impl RowState {
                 let best = best.ok_or(Error::NoCandidate { step: row.step })?;
                 let candidates = grid(row.rule, best.expert);
                 let refinement = (mode == SearchMode::Refine).then(|| {
-                    let direction = &sums.directions[best.expert];
-                    Refinement::new(objective, direction, candidates, &targets, best.candidate)
+                    Refinement::new(objective, &sums.directions[best.expert], candidates, &targets, &best)
                 });
                 match refinement.flatten() {
                     Some(refinement) => self.refine(row.rule, experts, best.expert, refinement),
@@ -188,7 +187,7 @@ impl RowState {
         mut refinement: Refinement,
     ) -> Option<Chosen> {
         let Some(alpha) = refinement.ask() else {
-            return refinement.least().map(|least| refined(experts, expert, &least));
+            return Some(refined(experts, expert, &refinement.least()));
         };
         self.stage = Stage::Refine { expert, alpha, refinement };
         self.next = Some(Sought { tilts: self.tilts(rule, experts), targets: false });

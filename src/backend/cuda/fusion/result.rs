@@ -5,7 +5,7 @@ use crate::backend::FuseRow;
 use crate::backend::cuda::forward::LogitsPlace;
 use crate::error::{Error, Result};
 use crate::fusion::cumulant::one_hot;
-use crate::fusion::{Decision, FusionRule, MAX_EXPERTS, SearchMode};
+use crate::fusion::{Decision, FusionRule, MAX_EXPERTS};
 use crate::model::Role;
 
 /// `FuseResult` in fusion.cuh.
@@ -86,13 +86,11 @@ pub(in crate::backend::cuda) fn decode(
     (decision.expert, decision.alpha) = match (row.rule, &encoded.alpha) {
         (FusionRule::Dynamic(rule), None) => {
             let track = result.track as usize;
-            let candidate = rule.points(track).get(result.candidate as usize).copied();
-            let alpha = match rule.mode {
-                // The kernel has it as f32.
-                SearchMode::Grid => candidate,
-                SearchMode::Refine => result.alpha.get(track).copied(),
-            };
-            (Some(track), one_hot(experts, track, alpha.unwrap_or(0.0)))
+            let candidate = rule.points(track).get(result.candidate as usize).copied().unwrap_or(0.0);
+            let found = result.alpha.get(track).copied().unwrap_or(0.0);
+            // The kernel has candidates as f32.
+            let alpha = if found == f64::from(candidate as f32) { candidate } else { found };
+            (Some(track), one_hot(experts, track, alpha))
         }
         (_, alpha) => (row.held.map(|(expert, _)| expert), alpha.clone().unwrap_or_default()),
     };

@@ -130,6 +130,7 @@ impl DeviceFuser {
     fn poison(&mut self, bed: &Bed) {
         poison(bed, &mut self.results);
         poison(bed, &mut self.partial);
+        poison(bed, &mut self.drawn);
         poison(bed, &mut self.fused);
         poison(bed, &mut self.chunks);
     }
@@ -141,8 +142,13 @@ impl DeviceFuser {
         let sampled = encoded.iter().any(|row| row.sampled.is_some());
         let rows = encoded.len();
         assert_untouched(bed, ("results", &self.results), |row| row < rows);
+        let row_of = |at| at / (self.slices * self.lane_stride);
         assert_untouched(bed, ("states", &self.partial), |at| {
-            at / (self.slices * self.lane_stride) < rows && at % self.lane_stride < lanes
+            row_of(at) < rows && at % self.lane_stride < lanes
+        });
+        assert_untouched(bed, ("what was drawn", &self.drawn), |at| {
+            let mut of_launches = encoded.iter().skip(row_of(at)).step_by(self.capacity);
+            of_launches.any(|row| row.row.scale > 0.0) && at % self.lane_stride < lanes
         });
         let sampled_rows = if sampled { rows } else { 0 };
         let slices = sampled_slices(&self.place);

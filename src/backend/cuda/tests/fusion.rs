@@ -419,12 +419,12 @@ fn ties_go_to_the_lowest_id_expert_and_alpha() {
 #[test]
 fn a_wrong_number_is_noticed() {
     let numbers = [
-        (64, "vocab_stride"),
-        (68, "vocab_size"),
-        (72, "small_model"),
-        (76, "first_expert"),
-        (80, "slice"),
-        (88, "model_count"),
+        (72, "vocab_stride"),
+        (76, "vocab_size"),
+        (80, "small_model"),
+        (84, "first_expert"),
+        (88, "slice"),
+        (96, "model_count"),
     ];
     let models = Models::new(&mut Rng(3), 1, 2, 2100);
     for (at, name) in numbers {

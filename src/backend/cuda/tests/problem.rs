@@ -230,7 +230,7 @@ impl Problem {
     /// On tensor cores: a sum of each step's columns, 32 of them or 16 in f32, and within a step four sums, which may be cut
     /// off instead of rounded, or in f32 one such sum and one that is rounded, and two of small numbers, 2⁻¹⁰ of the others;
     /// what the halves lose; the squares along 128 lanes; B t in one go; and the rest as above. Where ranges of columns are
-    /// summed apart, 512 or more of them each, a range has fewer steps, by more than the ranges that are added.
+    /// summed apart, some 512 or more of them each, a range has fewer steps, by more than the ranges that are added.
     pub(super) fn roundings(&self) -> usize {
         let Case { dtype, cols, rank, .. } = self.case;
         if self.is_wide() {
