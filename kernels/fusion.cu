@@ -378,14 +378,14 @@ __device__ Partial exchange(const Partial& own, u32 distance) {
     };
 }
 
-// The state of x = L + α D_t over the whole row, by one block; valid in thread 0. `of_warps` is room for it.
+// The state of x = L + α D_t over the whole row, by one block, the same in every thread. `of_warps` is room for it.
 __device__ Partial measure(
     const FuseArgs& args, const FuseRow& row, const float* const* models, u32 expert, float alpha, Partial* of_warps
 ) {
     constexpr u32 STEP = WARPS * WARP, COUNT = 4;
     Partial state = nothing();
     for (u32 first = threadIdx.x; first < args.vocab_size; first += COUNT * STEP) {
-        float x[COUNT], d[COUNT];
+        float x[COUNT], d[COUNT] = {};
         bool excluded[COUNT];
         const auto load = [&](u32 model, float (&to)[COUNT]) {
             const float* from = models[model] + u64(row.slot) * args.vocab_stride;
@@ -471,12 +471,15 @@ __device__ void refine_row(
     const double shaped = LEAST_SHAPED + 10 * of_x(left);
     if (threadIdx.x < WARP) {
         // While one token has all probability a divergence doesn't move, and rounding decides which of those candidates is
-        // the best. Where it passes its target is next to the first or the last of them.
+        // the best. Where it passes its target is next to the first or the last of them; and on the way through α = 0 it
+        // falls to 0 and rises again.
         u32 first = result.candidate, last = first;
         const Knot best = left;
-        const auto tied = [&](u32 k) { return is_as(candidate(k), best, row.objective, TIED); };
-        while (first > 0 && tied(first - 1)) first--;
-        while (last + 1 < end && tied(last + 1)) last++;
+        const auto tied = [&](u32 k, u32 next) {
+            return is_as(candidate(next), best, row.objective, TIED) && candidate(k).alpha * candidate(next).alpha >= 0;
+        };
+        while (first > 0 && tied(first, first - 1)) first--;
+        while (last + 1 < end && tied(last, last + 1)) last++;
         left = candidate(half == 0 ? max(first, 1u) - 1 : last), right = candidate(half == 0 ? first : min(last + 1, end - 1));
     }
 #pragma unroll 1

@@ -272,7 +272,8 @@ struct Gemm {
         return *reinterpret_cast<const float*>(x_of(p, index) + 2 * p.stride);
     }
 
-    // c += W x over the block's range of the columns: whole steps, as many of them in each range but in the last ones, which may have none.
+    // c += W x over the block's range of the columns: whole steps, as many of them in each range but in the last ones, which
+    // may have none.
     template <typename RowOf>
     static __device__ void multiply(
         const Product& p, Span span, RowOf row_of, Stage<T>* stages, u32 outputs, u32 rows, Sums& c

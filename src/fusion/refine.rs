@@ -115,11 +115,18 @@ impl Refinement {
             least: Measured { point, log_sum: direction.candidates.get(candidate)?.log_sum() },
         };
         // While one token has all probability a divergence doesn't move, and rounding decides which of those candidates is
-        // the best. Where it passes its target is next to the first or the last of them.
-        let tied =
-            |k: &usize| knot(*k).is_some_and(|knot| refinement.point(&knot).is_as(&point, objective, TIED));
-        let first = successors(Some(candidate), |k| k.checked_sub(1).filter(tied)).last()?;
-        let last = successors(Some(candidate), |k| Some(k + 1).filter(tied)).last()?;
+        // the best. Where it passes its target is next to the first or the last of them; and on the way through α = 0 it
+        // falls to 0 and rises again.
+        let tied = |k: usize, next: usize| {
+            let (knot, next) = (knot(k)?, knot(next)?);
+            let ties =
+                refinement.point(&next).is_as(&point, objective, TIED) && knot.alpha * next.alpha >= 0.0;
+            ties.then_some(())
+        };
+        let down = |&k: &usize| k.checked_sub(1).filter(|&next| tied(k, next).is_some());
+        let up = |&k: &usize| Some(k + 1).filter(|&next| tied(k, next).is_some());
+        let (first, last) =
+            (successors(Some(candidate), down).last()?, successors(Some(candidate), up).last()?);
         let cell = |left: Option<Knot>, right: Option<Knot>| Some(refinement.between(left?, right?));
         let lower = cell(first.checked_sub(1).and_then(knot), knot(first));
         let upper = cell(knot(last), knot(last + 1));
@@ -190,11 +197,7 @@ impl Refinement {
     fn point(&self, knot: &Knot) -> Point {
         let Knot { alpha, a, slope } = *knot;
         let divergences = Divergences { forward: alpha * slope - a, reverse: a - alpha * self.base.mean() };
-        Point { alpha, loss: self.loss(&divergences), divergences }
-    }
-
-    fn loss(&self, divergences: &Divergences) -> f64 {
-        loss(self.objective, divergences, &self.targets)
+        Point { alpha, loss: loss(self.objective, &divergences, &self.targets), divergences }
     }
 }
 

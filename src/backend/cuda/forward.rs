@@ -481,8 +481,8 @@ impl Group {
             product.progress = self.buffers.tickets.address();
             product.range_sums = self.buffers.range_sums.address();
             // SAFETY: as below, and `split` has been written for these rows. Several ranges need 1024 columns, and then
-            // there are no more blocks and tiles than `range_sums` and `tickets` have room for (`Sizes::new`, `Tiling::new`); this group's launches use these one
-            // after the other, and each leaves the tickets at zero.
+            // there are no more blocks and tiles than `range_sums` and `tickets` have room for (`Sizes::new`,
+            // `Tiling::new`); this group's launches use these one after the other, and each leaves the tickets at zero.
             return unsafe { self.gpu.launch(&self.stream, kernel, tiling.grid(), &args(product)) };
         }
         let tiles = units.div_ceil(WARPS);

@@ -42,7 +42,7 @@ const SAMPLER: u32 = 512;
 /// The sums of a lane over a slice, as fusion.cu writes them: m, s, u, and the best id.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(16))]
-struct Partial([u32; 4]);
+struct Sums([u32; 4]);
 
 /// What was drawn there: the largest key, and its id.
 #[derive(Clone, Copy, Debug, Default)]
@@ -96,7 +96,7 @@ unsafe impl DeviceRepr for DeviceRow {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for DeviceResult {}
 // SAFETY: as above.
-unsafe impl DeviceRepr for Partial {}
+unsafe impl DeviceRepr for Sums {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for Drawn {}
 // SAFETY: as above.
@@ -114,7 +114,7 @@ unsafe impl ValidAsZeroBits for DeviceRow {}
 // SAFETY: as above.
 unsafe impl ValidAsZeroBits for DeviceResult {}
 // SAFETY: as above.
-unsafe impl ValidAsZeroBits for Partial {}
+unsafe impl ValidAsZeroBits for Sums {}
 // SAFETY: as above.
 unsafe impl ValidAsZeroBits for Drawn {}
 // SAFETY: as above.
@@ -153,7 +153,7 @@ pub(crate) struct DeviceFuser {
     lane_stride: usize,
     rows: Buffer<DeviceRow>,
     lanes: Buffer<Lane>,
-    partial: Buffer<Partial>,
+    partial: Buffer<Sums>,
     drawn: Buffer<Drawn>,
     tickets: Buffer<u32>,
     not_finite: Buffer<u64>,
@@ -418,7 +418,7 @@ impl DeviceFuser {
     #[cfg(feature = "cli")]
     pub(super) fn bytes(&self, shape: FuseShape) -> usize {
         let logits = (2 + shape.experts) * self.place.vocab_size * size_of::<f32>();
-        shape.rows * (logits + 2 * self.slices * shape.lanes * size_of::<Partial>())
+        shape.rows * (logits + 2 * self.slices * shape.lanes * size_of::<Sums>())
     }
 
     /// Puts the copy of the results of an even (0) or odd (1) step into `stream`.
@@ -450,7 +450,7 @@ fn sampled_slices(place: &LogitsPlace) -> usize {
 /// Dynamic shared memory of a launch: the tiles, or the states of all warps, or the merged lanes.
 fn shared_bytes(experts: usize, lanes: usize) -> usize {
     let tiles = WARPS * (5 + 2 * experts) * TILE_STRIDE * size_of::<f32>();
-    let states = WARPS * lanes * (size_of::<Partial>() + size_of::<Drawn>());
+    let states = WARPS * lanes * (size_of::<Sums>() + size_of::<Drawn>());
     let merged = lanes * 32;
     tiles.max(states).max(merged)
 }
