@@ -8,9 +8,11 @@
 //     token = argmax over kept of (x − max x) / τ + g      or argmax x where τ is 0
 //
 // Every block forms x of a slice, four neighbouring ids a thread, and says of each chunk (128 ids, a warp's) the largest x
-// and Σ w; where no token is left out, it draws one from each chunk. The last block of a row (a ticket after a fence) sees
-// from these alone where the tokens lie that may be kept, brings them to its shared memory, and finds the borders of top-k
-// and top-p among them, digit by digit. Where they are too many it looks at the whole row instead, by the same code.
+// and Σ w; where no token is left out, it draws one from each chunk. The last block of a row (a ticket after a fence) learns
+// from these where the tokens lie that may be kept: for top-k and min-p it is sure, for top-p it guesses how far down they
+// go, weighs them, and goes further down where they weigh too little. It brings them to its shared memory, and finds the
+// borders of top-k and top-p among them, digit by digit. Where they are too many it looks at the whole row instead, by the
+// same code.
 //
 // Sums decide which tokens are kept, so they must not depend on the order of additions: weights are whole multiples of
 // 2⁻⁴⁰ of the largest.
@@ -200,7 +202,8 @@ __device__ Chunk describe(const SampleRow& how, const FuseRow& row, u32 id, cons
         chunk.drawn = warp_best(keys, id);
     } else if (how.top_p < 1 && how.top_k == 0) {
         u64 weight = 0;
-        for (u32 i = 0; i < EACH; i++) weight += weigh(exponent(i));
+        // Where all of the chunk is excluded, −∞ − −∞ is NaN, which weighs nothing.
+        for (u32 i = 0; i < EACH; i++) weight += weigh(fmaxf(exponent(i), -INFINITE));
         chunk.weight = warp_sum(weight);
     }
     return chunk;
@@ -230,28 +233,38 @@ __device__ Best best_of(Shared& shared, u32 count, Look look) {
     return best;
 }
 
-// The weights of what has a key that begins like `prefix`, by the digit of the key that follows, into shared.bins.
+// The weights of what has a key that begins like `prefix`, by the digit of the key that follows, into shared.bins. An addition of
+// 64 bits in shared memory is a loop in which warps wait for each other, and most tokens share their largest digits. So the lanes
+// of a warp that have one digit add up first, and each lane holds back what it gets of the first digit whose home it is.
 template <typename KeyOf, typename WeightOf>
 __device__ void count_digit(Shared& shared, u32 count, u32 prefix, u32 shift, KeyOf key_of, WeightOf weight_of) {
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     for (u32 i = threadIdx.x; i < BINS; i += THREADS) shared.bins[i] = 0;
     __syncthreads();
+    u32 held = NOBODY;
+    u64 held_weight = 0;
     for (u32 first = warp * WARP; first < count; first += THREADS) {
         const u32 i = first + lane;
         const u32 key = i < count ? key_of(i) : 0;
         const bool begins = i < count && (shift + DIGIT == 32 || key >> (shift + DIGIT) == prefix);
         const u64 weight = begins ? weight_of(i, key) : 0;
         const u32 digit = (key >> shift) % BINS;
-        // Lanes with one digit add up first: most tokens share their largest digits, and would wait for each other.
+        // Small numbers above and below 0 differ in the largest bit: another home.
+        const u32 tag = (digit ^ digit >> 3 & 16) % WARP * BINS + digit;
         for (u32 left = __ballot_sync(ALL_LANES, weight > 0); left;) {
             const u32 leader = __ffs(left) - 1;
-            const u32 of_leader = __shfl_sync(ALL_LANES, digit, leader);
-            const bool same = weight > 0 && digit == of_leader;
+            const u32 of_leader = __shfl_sync(ALL_LANES, tag, leader);
+            const bool same = weight > 0 && tag == of_leader;
             const u64 sum = warp_sum(same ? weight : 0);
-            if (lane == leader) atomicAdd(shared.bins + digit, sum);
+            if (lane == of_leader / BINS) {
+                if (held == NOBODY) held = of_leader;
+                if (held == of_leader) held_weight += sum;
+                else atomicAdd(shared.bins + of_leader % BINS, sum);
+            }
             left &= ~__ballot_sync(ALL_LANES, same);
         }
     }
+    if (held != NOBODY) atomicAdd(shared.bins + held % BINS, held_weight);
     __syncthreads();
 }
 
@@ -325,14 +338,21 @@ struct Draw {
 // What is enough for top-p.
 __device__ u64 share(const SampleRow& how, u64 all) { return u64(ceil(double(how.top_p) * double(all))); }
 
+// Raises draw.floor to the x that top-k of `count` keys reach, if as many do: a little lower where digits are left out.
+template <typename KeyOf>
+__device__ void find_floor(Shared& shared, const SampleRow& how, u32 count, u32 last_shift, KeyOf key_of, Draw& draw) {
+    const auto one = [&](u32, u32 key) { return u64(unordered(key) > -INFINITE); };
+    const auto asked = [&](u64) { return u64(how.top_k); };
+    const Threshold found = threshold(shared, count, last_shift, 0, key_of, one, asked);
+    if (found.at > 0) draw.floor = unordered(found.key);
+}
+
 // What chunks alone tell of the borders. For top-k: an x that k of them reach, as draw.floor. For top-p over all tokens: the weight
 // that is enough, and the exponent of the best token of the last chunk, where the chunks with the best tokens hold it; else −∞.
 __device__ float look_ahead(Shared& shared, const SampleRow& how, const Chunk* chunks, u32 count, Draw& draw, u64& enough) {
     const auto key_of = [&](u32 c) { return ordered(read(&chunks[c].top).key); };
     if (how.top_k > 0) {
-        const auto one = [&](u32, u32 key) { return u64(unordered(key) > -INFINITE); };
-        const Threshold found = threshold(shared, count, 16, 0, key_of, one, [&](u64) { return u64(how.top_k); });
-        if (found.at > 0) draw.floor = unordered(found.key);
+        find_floor(shared, how, count, 16, key_of, draw);
     } else if (how.top_p < 1) {
         const auto weight_of = [&](u32 c, u32 key) {
             const float top = unordered(key), factor = top > -INFINITE ? expf(draw.exponent(top)) : 0;
@@ -346,8 +366,8 @@ __device__ float look_ahead(Shared& shared, const SampleRow& how, const Chunk* c
 }
 
 // Brings what may be drawn to shared memory, in any order: shared.count tokens, or, where it has no room for them, a number above
-// ROOM. shared.held is what they weigh.
-__device__ void gather(Shared& shared, const float* x, const Chunk* chunks, u32 count, const Draw& draw) {
+// ROOM. shared.held is what they weigh, where it is asked for.
+__device__ void gather(Shared& shared, const float* x, const Chunk* chunks, u32 count, const Draw& draw, bool weighs) {
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, before = (1u << lane) - 1;
     __syncthreads();
     if (threadIdx.x == 0) shared.count = 0, shared.held = 0;
@@ -370,22 +390,22 @@ __device__ void gather(Shared& shared, const float* x, const Chunk* chunks, u32 
                 if (!(found[i] >> lane & 1)) continue;
                 const u32 to = at + __popc(found[i] & before);
                 shared.x[to] = each[i], shared.tokens[to] = id + i;
-                held += draw.weight(each[i]);
+                if (weighs) held += draw.weight(each[i]);
             }
         }
     }
-    if (held > 0) atomicAdd(&shared.held, held);
+    if (weighs) {
+        // A lane may hold 2⁵²: too much for warp_sum.
+        for (u32 distance = WARP / 2; distance > 0; distance /= 2) held += __shfl_xor_sync(ALL_LANES, held, distance);
+        if (lane == 0 && held > 0) atomicAdd(&shared.held, held);
+    }
     __syncthreads();
 }
 
 // Leaves out what top-k and top-p leave out.
 __device__ void truncate(Shared& shared, const SampleRow& how, u64 enough, Draw& draw) {
     const auto key_of = [&](u32 i) { return ordered(draw.x[i]); };
-    if (how.top_k > 0) {
-        const auto one = [&](u32, u32 key) { return u64(unordered(key) > -INFINITE); };
-        const Threshold found = threshold(shared, draw.count, 0, 0, key_of, one, [&](u64) { return u64(how.top_k); });
-        if (found.at > 0) draw.floor = unordered(found.key);
-    }
+    if (how.top_k > 0) find_floor(shared, how, draw.count, 0, key_of, draw);
     if (how.top_p == 1) return;
     const auto weight_of = [&](u32, u32 key) { return draw.weight(unordered(key)); };
     const auto asked = [&](u64 all) { return how.top_k > 0 ? share(how, all) : enough; };
@@ -410,13 +430,13 @@ __device__ Best draw_any(Shared& shared, const SampleRow& how, const Chunk* chun
     });
 }
 
-// The token that is drawn from x (vocab_size,), of which the largest is `top`, where some are left out.
+// The token that is drawn from x (vocab_size,) of `count` chunks, of which the largest is `top`, where some are left out.
 __device__ Best draw_some(
-    Shared& shared, const FuseRow& row, const SampleRow& how, const float* x, const Chunk* chunks, u32 vocab_size, float top
+    Shared& shared, const FuseRow& row, const SampleRow& how, const float* x, u32 vocab_size, const Chunk* chunks, u32 count,
+    float top
 ) {
     // What isn't excluded is as large.
     constexpr float LOWEST = -3.40282347e38f;
-    const u32 count = (vocab_size + CHUNK - 1) / CHUNK;
     Draw draw = {shared.x, shared.tokens, 0, top, how.scale, 0, log(double(how.min_p)), LOWEST, 0, NOBODY};
     u64 enough = 0;
     const float likely = look_ahead(shared, how, chunks, count, draw, enough);
@@ -426,7 +446,7 @@ __device__ Best draw_some(
     bool done = false;
     for (float margin = 2; !done; margin *= 2) {
         draw.cut = fmaxf(likely - margin, sure);
-        gather(shared, x, chunks, count, draw);
+        gather(shared, x, chunks, count, draw, enough > 0);
         draw.count = shared.count;
         done = draw.cut == sure || draw.count > ROOM || shared.held >= enough;
     }
@@ -481,14 +501,15 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void sample(const SampleArgs
     if (shared.ticket != slices - 1) return;
     if (threadIdx.x == 0) args.tickets[row_index] = 0;
 
-    Best best = best_of(shared, slices * WARPS, [&](u32 c, Best& best) {
+    const u32 count = slices * WARPS;
+    Best best = best_of(shared, count, [&](u32 c, Best& best) {
         const Best top = read(&chunks[c].top);
         if (top.key > -INFINITE) best.take(top.key, top.id);
     });
     // A bias may have made one infinite: nothing is as probable.
     if (how.scale > 0 && best.id != NOBODY && best.key < INFINITE) {
-        best = truncates(how) ? draw_some(shared, row, how, of_row, chunks, args.vocab_size, best.key)
-                              : draw_any(shared, how, chunks, slices * WARPS, best.key);
+        best = truncates(how) ? draw_some(shared, row, how, of_row, args.vocab_size, chunks, count, best.key)
+                              : draw_any(shared, how, chunks, count, best.key);
     }
     const u64 at = u64(row.slot) * args.vocab_stride + min(best.id, args.vocab_size - 1);
     if (threadIdx.x < 2 + row.experts) tell(row, args.models, at, args.small_model, args.first_expert, result, threadIdx.x);

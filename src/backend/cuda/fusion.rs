@@ -22,7 +22,7 @@ use result::decode;
 pub(super) use rows::{DeviceRow, Encoded, Roles};
 use rows::{Lane, encode, most_lanes, most_lanes_of_row};
 pub(super) use sample::DeviceSample;
-use sample::{Chunk, SAMPLED_CHUNKS, SAMPLED_SLICE};
+use sample::{Chunk, SAMPLED_CHUNKS, SAMPLED_SLICE, SAMPLER};
 
 /// Slices of the vocabulary at most: about as many as GPUs have multiprocessors.
 const SLICES: usize = 128;
@@ -36,8 +36,6 @@ const TILE_STRIDE: usize = 36;
 const ROUNDS: [usize; 4] = [1, 2, 4, 9];
 const WARP: usize = 32;
 const WARPS: usize = 8;
-/// Threads of a block of the sampler.
-const SAMPLER: u32 = 512;
 
 /// The sums of a lane over a slice, as fusion.cu writes them: m, s, u, and the best id.
 #[derive(Clone, Copy, Debug, Default)]
@@ -405,7 +403,8 @@ impl DeviceFuser {
             first_expert: fuse.first_expert,
         };
         let slices = sampled_slices(&self.place) as u32;
-        let grid = Grid { blocks: (slices, shape.rows as u32, 1), threads: (SAMPLER, 1, 1), shared: 0 };
+        let grid =
+            Grid { blocks: (slices, shape.rows as u32, 1), threads: (SAMPLER as u32, 1, 1), shared: 0 };
         // SAFETY: `fuse` has written as many results, and left its tickets zero, as this kernel does; lists lie where the
         // rows say and are as long, with each id among the biases once (`lay_out`); slices and chunks have room for
         // `capacity` rows, and each is a multiple of 16 bytes.

@@ -1,11 +1,14 @@
 //! How the sampler's kernel chooses a row's token, where fusion alone can't.
 
+use super::WARP;
 use crate::sampling::SamplingParams;
 
+/// Threads of a block.
+pub(super) const SAMPLER: usize = 512;
 /// Tokens of a block: four for each of its threads.
-pub(super) const SAMPLED_SLICE: usize = 2048;
+pub(super) const SAMPLED_SLICE: usize = 4 * SAMPLER;
 /// Its warps, each of which tells what it saw in 128 neighbouring tokens.
-pub(super) const SAMPLED_CHUNKS: usize = 16;
+pub(super) const SAMPLED_CHUNKS: usize = SAMPLER / WARP;
 
 /// `Chunk` in sample.cu.
 #[derive(Clone, Copy, Debug, Default)]

@@ -177,6 +177,38 @@ fn every_width_is_sampled_from() {
 }
 
 #[test]
+fn lists_longer_than_a_block() {
+    // Its 512 threads take three turns for the tokens, two for the biases. The later one stands, the more it raises its id:
+    // among the tokens of each hundred there are fewer.
+    let vocab_size = 3000;
+    let models = random_logits(1, 2, vocab_size, 14);
+    let raised =
+        SamplingParams { presence_penalty: -0.5, frequency_penalty: -0.7, ..SamplingParams::default() };
+    let lowered =
+        SamplingParams { repetition_penalty: 1.3, frequency_penalty: 0.2, ..SamplingParams::default() };
+    let ask = |seed: usize| {
+        let (hundred, place) = (|at: usize| at / 100, |at: usize| at % (13 - at / 100));
+        let history = (0..1300).map(|at| ((hundred(at) * 131 + place(at) * 7 + seed) % vocab_size) as u32);
+        let biases = (0..700).map(|i| ((i * 4 + seed % 4) as u32, 0.05 * i as f32));
+        let params = if seed.is_multiple_of(2) { &raised } else { &lowered };
+        Ask {
+            params: SamplingParams {
+                temperature: [0.0, 1.0, 20.0][seed / 2 % 3],
+                top_p: [1.0, 0.9][seed / 6 % 2],
+                logit_bias: if (seed / 4).is_multiple_of(3) { Vec::new() } else { biases.collect() },
+                seed: seed as u64,
+                ..params.clone()
+            },
+            history: history.collect(),
+            generated: 900,
+            banned: Vec::new(),
+        }
+    };
+    let asks: Vec<Ask> = (0..48).map(ask).collect();
+    assert_chosen_alike(&models, &asks, &FusionRule::default());
+}
+
+#[test]
 fn one_token_that_is_left_is_chosen() {
     // In the first and the last of the ids, and between.
     for (vocab_size, left) in [(5000, 0), (5000, 4999), (5000, 2048), (1, 0)] {
@@ -428,6 +460,17 @@ fn a_change_to_sampling_is_noticed() {
         held: None,
         choice: ask.choice(),
     }));
+    // And some whose border lies among few tokens that tie, so that one more is often drawn.
+    let few = |seed| SamplingParams { top_p: 0.004 * (1 + seed) as f32, seed, ..flat.clone() };
+    let tied: Vec<Ask> = (0..12).map(|seed| Ask { params: few(seed), ..Ask::default() }).collect();
+    let row = |(step, ask)| FuseRow {
+        slot: 0,
+        step,
+        rule: &FusionRule::Large,
+        held: None,
+        choice: Ask::choice(ask),
+    };
+    rows.extend(tied.iter().enumerate().map(row));
     // And some that the refined search alone decides.
     let drawn = Ask { params: SamplingParams { temperature: 1.0, ..greedy() }, ..Ask::default() };
     let refined = |step| FuseRow { slot: step % 3, step, rule: &rule, held: None, choice: drawn.choice() };
@@ -447,18 +490,20 @@ fn a_change_to_sampling_is_noticed() {
         ("sample", "redux.sync", 8..9),
         ("sample", "redux.sync", 11..13),
         ("sample", "redux.sync", 16..17),
-        // What the tokens in shared memory weigh only spares work, too.
+        // What the tokens in shared memory weigh only spares work, too, and the first look at top-p, but for its first
+        // digit, which each lane holds back; as it does that digit of ids.
         ("sample", "atom", 0..3),
-        ("sample", "atom", 4..6),
-        ("sample", "atom", 7..9),
-        ("sample", "atom", 10..11),
+        ("sample", "atom", 6..8),
+        ("sample", "atom", 9..13),
+        ("sample", "atom", 14..16),
         // The best of chunks, of which there are two lanes' halves, and of what they drew; the first of the digits' sums.
         ("sample", "shfl.sync", 0..20),
         ("sample", "shfl.sync", 33..35),
-        ("sample", "shfl.sync", 46..48),
-        ("sample", "shfl.sync", 60..71),
-        ("sample", "shfl.sync", 74..76),
-        ("sample", "shfl.sync", 87..97),
+        ("sample", "shfl.sync", 46..47),
+        ("sample", "shfl.sync", 57..58),
+        ("sample", "shfl.sync", 70..81),
+        ("sample", "shfl.sync", 84..86),
+        ("sample", "shfl.sync", 97..107),
         // The refined search's: tests/cuda_mutations.rs has the others.
         ("fuse_2", "bar.sync", 7..16),
     ] {
