@@ -235,10 +235,21 @@ mod cuda {
 
     #[test]
     fn the_same_minimum_on_a_gpu() {
+        check_rows(240);
+    }
+
+    #[test]
+    #[ignore = "half a minute"]
+    fn the_same_minimum_of_six_thousand_rows_on_a_gpu() {
+        check_rows(6000);
+    }
+
+    /// The rows of the first `seeds`, and those that need more.
+    fn check_rows(seeds: u64) {
         let gpu = Driver::load().unwrap().device("a100").unwrap();
         let mut off = Vec::new();
         for experts in [1, 2, 4] {
-            let cases = (0..240).chain(SPECIAL).map(Case::new).chain([symmetric()]);
+            let cases = (0..seeds).chain(SPECIAL).map(Case::new).chain([symmetric()]);
             let cases: Vec<Case> = cases.filter(|case| case.row.experts.len() == experts).collect();
             assert!(cases.len() > 20);
             let found = fuse(gpu.ordinal(), experts, &cases);
