@@ -481,7 +481,7 @@ fn the_refined_search_looks_at_a_row_once_more() {
     // Beside them a few numbers of the result.
     let exact = case.rows as u64 * row;
     assert!((exact..=exact + 1024 * case.rows as u64).contains(&more), "{more}");
-    // They come from the cache: memory delivers what it did, and those few numbers.
+    // They come from the cache: memory delivers what it did, and of each result what was chosen, its loss, and the targets.
     let sectors = refined.distinct_load_sectors - grid.distinct_load_sectors;
     assert!(sectors <= 6 * case.rows as u64, "{sectors}");
 }
@@ -505,8 +505,8 @@ fn likely_logits(vocab: usize) -> [Vec<f32>; 3] {
     [large, small, expert]
 }
 
-/// The sampler's launch for one row of such logits.
-fn sampled(vocab: usize, params: &SamplingParams) -> Launch {
+/// The launches that decide one row of such logits.
+fn deciding(vocab: usize, params: &SamplingParams) -> Vec<Launch> {
     let gpu = Driver::load().unwrap().device("h100").unwrap();
     let stream = CudaContext::new(gpu.ordinal()).unwrap().new_stream().unwrap();
     let matrices = likely_logits(vocab).map(|row| stream.clone_htod(&row).unwrap());
@@ -525,7 +525,20 @@ fn sampled(vocab: usize, params: &SamplingParams) -> Launch {
     unsafe { fusion.fuse(&logits, stream.cu_stream().cast(), &[row], &mut found) }.unwrap();
     assert!(found[0].is_ok());
     assert_eq!(gpu.reports(), []);
-    gpu.launches().into_iter().find(|launch| launch.kernel == "sample").unwrap()
+    gpu.launches()
+}
+
+#[test]
+fn what_is_drawn_adds_eight_bytes_to_a_state() {
+    let bytes = |temperature| {
+        let params = SamplingParams { temperature, ..SamplingParams::default() };
+        let launches = deciding(32_000, &params);
+        assert_eq!(launches.len(), 1);
+        launches[0].counters.global_load_bytes + launches[0].counters.global_store_bytes
+    };
+    // Slices of 768 ids, and lanes of twenty candidates and three more, written and read. Of the eight warps that merge four
+    // lanes each, two have none of their own and read the last one again.
+    assert_eq!(bytes(1.0) - bytes(0.0), (2 * 23 + 2) * 42 * 8);
 }
 
 #[test]
@@ -557,7 +570,8 @@ fn the_sampler_looks_at_few_tokens() {
     for vocab in [32_000_usize, 128_256] {
         let slices = vocab.div_ceil(2048) as u64;
         for (name, params) in &cases {
-            let c = sampled(vocab, params).counters;
+            let launches = deciding(vocab, params);
+            let c = launches.iter().find(|launch| launch.kernel == "sample").unwrap().counters;
             let (bytes, row) = (c.global_load_bytes + c.global_store_bytes, 4 * vocab as u64);
             println!(
                 "{vocab}, {name}: {bytes} bytes, {:.2} of a row, {} requests, {} warp instructions, {} blocks, {} of {} waves, {} atomics",

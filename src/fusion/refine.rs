@@ -118,13 +118,12 @@ impl Refinement {
         // the best. Where it passes its target is next to the first or the last of them; and on the way through α = 0 it
         // falls to 0 and rises again.
         let tied = |k: usize, next: usize| {
-            let (knot, next) = (knot(k)?, knot(next)?);
-            let ties =
-                refinement.point(&next).is_as(&point, objective, TIED) && knot.alpha * next.alpha >= 0.0;
-            ties.then_some(())
+            knot(k).zip(knot(next)).is_some_and(|(knot, next)| {
+                knot.alpha * next.alpha >= 0.0 && refinement.point(&next).is_as(&point, objective, TIED)
+            })
         };
-        let down = |&k: &usize| k.checked_sub(1).filter(|&next| tied(k, next).is_some());
-        let up = |&k: &usize| Some(k + 1).filter(|&next| tied(k, next).is_some());
+        let down = |&k: &usize| k.checked_sub(1).filter(|&next| tied(k, next));
+        let up = |&k: &usize| Some(k + 1).filter(|&next| tied(k, next));
         let (first, last) =
             (successors(Some(candidate), down).last()?, successors(Some(candidate), up).last()?);
         let cell = |left: Option<Knot>, right: Option<Knot>| Some(refinement.between(left?, right?));

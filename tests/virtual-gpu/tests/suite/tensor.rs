@@ -1,6 +1,6 @@
 //! Tensor-core instructions against matrices multiplied plainly, with fragments laid out as in the PTX ISA.
 
-use crate::common::{data, gpu_with};
+use crate::common::{Test, data, gpu_with};
 use cudarc::driver::{LaunchConfig, PushKernelArg};
 use half::{bf16, f16};
 use virtual_gpu::exec::Accumulate;
@@ -189,6 +189,18 @@ fn bytes() {
     }
 }
 
+/// Runs `k`, whose lanes write four words each, without a report.
+fn four_words_a_lane(t: &Test) -> Vec<u32> {
+    let mut out = t.stream.alloc_zeros::<u32>(128).unwrap();
+    let f = t.kernel("k");
+    let mut l = t.stream.launch_builder(&f);
+    l.arg(&mut out);
+    unsafe { l.launch(WARP) }.unwrap();
+    let words = t.stream.clone_dtoh(&out).unwrap();
+    t.clean();
+    words
+}
+
 #[test]
 fn matrices_load_straight_and_transposed() {
     for (transposed, name) in [(false, ""), (true, ".trans")] {
@@ -204,13 +216,7 @@ fn matrices_load_straight_and_transposed() {
              st.global.v4.b32 [%o], {{%r0, %r1, %r2, %r3}}; ret;\n}}\n"
         );
         let t = gpu_with("a100", &text);
-        let mut out = t.stream.alloc_zeros::<u32>(128).unwrap();
-        let f = t.kernel("k");
-        let mut l = t.stream.launch_builder(&f);
-        l.arg(&mut out);
-        unsafe { l.launch(WARP) }.unwrap();
-        let got = t.stream.clone_dtoh(&out).unwrap();
-        t.clean();
+        let got = four_words_a_lane(&t);
         for lane in 0..32u32 {
             for matrix in 0..4u32 {
                 let element = |n: u32| {
@@ -240,14 +246,7 @@ fn matrices_are_stored_straight_and_transposed() {
              ld.shared.v4.b32 {{%r0, %r1, %r2, %r3}}, [%s];\n\
              st.global.v4.b32 [%o], {{%r0, %r1, %r2, %r3}}; ret;\n}}\n"
         );
-        let t = gpu_with("h100", &text);
-        let mut out = t.stream.alloc_zeros::<u32>(128).unwrap();
-        let f = t.kernel("k");
-        let mut l = t.stream.launch_builder(&f);
-        l.arg(&mut out);
-        unsafe { l.launch(WARP) }.unwrap();
-        let got = t.stream.clone_dtoh(&out).unwrap();
-        t.clean();
+        let got = four_words_a_lane(&gpu_with("h100", &text));
         // The address of a row is that of the lane of its number.
         for lane in 0..32u32 {
             for word in 0..4u32 {
